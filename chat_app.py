@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -41,7 +40,15 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager as ContextManager
+from contextlib import (
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    suppress,
+)
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -63,6 +70,7 @@ from pydantic_core import from_json, to_json
 from pydantic_settings import BaseSettings
 from starlette.applications import Starlette
 from starlette.convertors import PathConvertor, register_url_convertor
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -74,7 +82,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 if TYPE_CHECKING:
     from types import FrameType
 
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import Receive, Scope, Send
 
 if sys.platform != "win32":
     import fcntl
@@ -217,14 +225,8 @@ class Report:
     completion_tokens: int | None = None
 
 
-class Turn(NamedTuple):
-    """One message of the model's context; `role` is `system`, `user` or `assistant`."""
-
-    role: str
-    content: str
-
-
 # The one port to a model: history in, the pieces of each network read out, the rest in Report.
+Turn = dict[str, str]  # role (system, user, assistant) and content
 Pieces = AsyncGenerator[list[str], None]
 Model = Callable[[list[Turn], Report], Pieces]
 
@@ -253,12 +255,15 @@ class Reply:
         return "".join(self.pieces)
 
     def add(self, pieces: list[str], limit: int) -> bool:
-        """Append `pieces`, cut at `limit` characters in all; True once that is reached."""
+        """Append `pieces`, cut at `limit` characters in all; True if that cut any."""
         for piece in pieces:
-            if self.chars < limit:
-                self.pieces.append(piece[: limit - self.chars])
-                self.chars += len(self.pieces[-1])
-        return self.chars >= limit
+            room = limit - self.chars
+            if room > 0:
+                self.pieces.append(piece[:room])
+                self.chars += len(piece[:room])
+            if len(piece) > room:
+                return True
+        return False
 
     def token_frame(self, cursor: int) -> str:
         """Return the `token` frame with all pieces after the first `cursor` ones.
@@ -395,7 +400,7 @@ def parse_object(text: str | bytes | None) -> dict[str, Any]:
         line, column = map(int, re.findall(r"\d+", place) or (1, 0))
         end = sum(len(part) + 1 for part in raw.split(b"\n")[: line - 1]) + column
         depth, name = 0, ""
-        for token in re.finditer(rb'"((?:[^"\\]|\\.)*)"(\s*:)?|[\[{]|[\]}]', raw):
+        for token in re.finditer(rb'"((?:[^"\\]|\\.)*+)"?(\s*:)?|[\[{]|[\]}]', raw):
             if token.start() < end:
                 depth += (token[0] in b"[{") - (token[0] in b"]}")
                 if token[2] and depth == 1:
@@ -456,126 +461,9 @@ CLOSE_CODES = {"unauthorized": 4401, "interrupted": 1012, "overloaded": 1013}  #
 FOREVER = 10.0**9  # seconds; more would overflow the event loop's clock
 BODY_SECONDS = 20.0  # for a request's body to arrive
 HEALTH_SECONDS = 2.0  # for the database to answer
-TIME = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z"
 PING_SECONDS = 15.0  # between comments in a silent event stream, so that proxies keep it open
-
-
-def identify(connection: HTTPConnection, settings: Settings) -> tuple[str | None, float]:
-    """Return who asks, and until when (seconds since 1970) their token says so.
-
-    None where JWT_SECRET isn't set: everybody is believed. Browsers can't set headers on a
-    WebSocket: there the token may come as a subprotocol. ChatError `unauthorized`.
-    """
-    if settings.jwt_secret is None:
-        return None, time.time() + FOREVER
-    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
-    for protocol in connection.scope.get("subprotocols", ()):
-        if protocol.startswith("bearer."):
-            scheme, token = "bearer", protocol.removeprefix("bearer.")
-    try:
-        bearer = token.strip() if scheme.lower() == "bearer" else ""
-        secret = settings.jwt_secret.get_secret_value()
-        rules: Any = {"require": ["exp", "sub"]}
-        claims = jwt.decode(bearer, secret, algorithms=["HS256"], options=rules)
-        return opaque(claims["sub"]), float(claims["exp"])
-    except (jwt.InvalidTokenError, ValueError, OverflowError):
-        raise ChatError("unauthorized", "A valid bearer token is required.") from None
-
-
-def user_of(connection: HTTPConnection, user: str | None, named: str | None = None) -> str:
-    """Return the user that is `named`, or else that the path names, if `user` may act for them.
-
-    ChatError `invalid_frame` where no user can have that id, `forbidden` for somebody else's.
-    """
-    try:
-        user_id = opaque(connection.path_params["user_id"] if named is None else named)
-    except ValueError as error:
-        raise ChatError("invalid_frame", f"user_id: {error}") from None
-    if user not in {None, user_id}:
-        raise ChatError("forbidden", "The token is for another user.")
-    return user_id
-
-
-def is_foreign(connection: HTTPConnection, settings: Settings) -> bool:
-    """Tell whether a page of a site that isn't ours or listed asks (no Origin: no browser)."""
-    origin = connection.headers.get("origin")
-    if origin is None or not {"*", origin}.isdisjoint(settings.origins):
-        return False
-    return origin.lower().partition("://")[2] != connection.headers.get("host", "").lower()
-
-
-async def chat_socket(websocket: WebSocket) -> None:
-    """One WebSocket, from its handshake to its close. Refused by accepting and then closing."""
-    chats: Chats = websocket.app.state.chats
-    await websocket.accept("chat" if "chat" in websocket.scope["subprotocols"] else None)
-    try:
-        if is_foreign(websocket, chats.settings):
-            raise ChatError("forbidden", "This origin is not allowed.")
-        user, expires = identify(websocket, chats.settings)
-        user_id = user_of(websocket, user)
-        membership = chats.join(user_id)
-    except ChatError as error:
-        return await websocket.close(CLOSE_CODES.get(error.code, 4403), error.message)
-    with membership as connection:
-        sender = asyncio.create_task(deliver(websocket, connection))
-        left = min(max(expires - time.time(), 0), FOREVER)
-        expiry = asyncio.get_running_loop().call_later(left, connection.close, 4401, "expired")
-        try:
-            await listen(websocket, chats, user_id, connection)
-        finally:
-            expiry.cancel()
-            sender.cancel()
-            chats.metrics.dropped.inc(connection.sending)  # gone with a frame half taken
-    return None
-
-
-async def deliver(websocket: WebSocket, connection: Connection) -> None:
-    """Send what `connection` has for its client, until it closes or the client is gone."""
-    with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-        while (text := await connection.get()) is not None:
-            connection.sending = True
-            await websocket.send_text(text)
-            connection.sending = False
-        await websocket.close(*connection.closing or ())
-
-
-async def listen(websocket: WebSocket, chats: Chats, user: str, connection: Connection) -> None:
-    """Do what the client asks, one frame after the other. Never waits for a reply."""
-    while (received := await websocket.receive())["type"] != "websocket.disconnect":
-        data: dict[str, Any] = {}
-        try:
-            data = parse_object(received.get("text"))
-            match parse_action(data):
-                case SendMessage() as action:
-                    accepted = await chats.send(user, action)
-                    if accepted.reply is None:  # sent before: echoed to whoever asks, no one else
-                        connection.push(frame("message", message=accepted.message))
-                case Abort(chat_id=chat_id, task_id=task_id):
-                    await chats.abort(user, chat_id, task_id)
-                case Regenerate(chat_id=chat_id):
-                    await chats.regenerate(user, chat_id)
-        except ChatError as error:
-            connection.push(refusal(error, data))
-        except Exception:
-            log.exception("a frame failed", extra={"facts": {"user": user}})
-            connection.push(refusal(ChatError("internal", FAULTS["internal"]), data))
-
-
-Handler = Callable[[Request, "Chats", str | None], Awaitable[Response]]
-
-
-def route(path: str, **handlers: Handler) -> Route:
-    """Return one Route for `path` with a handler per method, so that 405 names them all.
-
-    Handlers get the request, the application, and the token's user (None: all are believed).
-    """
-
-    async def endpoint(request: Request) -> Response:
-        chats: Chats = request.app.state.chats
-        user = identify(request, chats.settings)[0] if path.startswith("/api/") else None
-        return await handlers[request.method.replace("HEAD", "GET")](request, chats, user)
-
-    return Route(path, endpoint, methods=list(handlers))
+LOOK_SECONDS = 0.05  # between looks at a reply that an event stream follows
+CURSOR = r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z)_([1-9]\d{0,18})"
 
 
 def respond(data: Any, status: int = 200, kind: str = "json", **headers: str) -> Response:
@@ -596,7 +484,7 @@ def problem(error: ChatError, **headers: str) -> Response:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Answer what a handler raised, or Starlette itself: no such path (404) or method (405)."""
+    """Answer what an endpoint raised, or Starlette itself: no such path (404) or method (405)."""
     if isinstance(error, ChatError):
         return problem(error)
     if isinstance(error, HTTPException):
@@ -606,39 +494,6 @@ async def on_error(request: Request, error: Exception) -> Response:
         return Response(status_code=400)  # nobody is there to read it
     event("the database failed", logging.ERROR, path=request.url.path, why=str(error))
     return problem(ChatError("internal", "The database does not answer."))
-
-
-async def read_body(request: Request) -> bytes:
-    """Return the body; ChatError `too_large`, or `invalid_json` if it doesn't arrive.
-
-    Starlette's own limit answers in plain text, over whatever we say.
-    """
-    limit = request.app.state.chats.settings.max_frame_bytes
-    too_large = ChatError("too_large", f"A body may have {limit} bytes.")
-    if int(request.headers.get("content-length", "0")) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise too_large
-    except TimeoutError:
-        raise ChatError("invalid_json", "The body did not arrive in time.") from None
-    return bytes(body)
-
-
-async def read_json(request: Request, model: type[W], *, optional: bool = False, **known: Any) -> W:
-    """Return the body as `model`, with `known` over what it says; it may be empty if `optional`.
-
-    ChatError as `read_body`, `unsupported_media_type`, `invalid_json` or `invalid_frame`.
-    """
-    body = await read_body(request)
-    media = request.headers.get("content-type", "application/json").partition(";")[0].strip()
-    if body and not re.fullmatch(r"application/([\w.+-]+\+)?json", media.lower()):
-        raise ChatError("unsupported_media_type", "A body must be application/json.")
-    return validate(model, (parse_object(body) if body or not optional else {}) | known)
 
 
 def path_id(request: Request) -> int:
@@ -656,141 +511,271 @@ def query_number(request: Request, name: str, default: int, most: int) -> int:
     return int(text)
 
 
-async def post_chat(request: Request, chats: Chats, user: str | None) -> Response:
-    asked = request.query_params.get("user_id", user)
-    body = await read_json(request, NewChat, optional=asked is not None)
-    named = asked if body.user_id is None else str(body.user_id)
-    if named is None:
-        raise ChatError("invalid_frame", "user_id: is required")
-    owner = user_of(request, user, named)
-    chat = await chats.store.write(chats.tell, create_chat, owner, body.title or "")
-    return respond(chat, 201, Location=f"/api/chats/{chat.id}")
+class Endpoints:
+    """The WebSocket and the HTTP requests, turned into calls of the application.
 
+    HTTP handlers get the request and the token's user (None: all are believed).
+    """
 
-async def get_chat(request: Request, chats: Chats, user: str | None) -> Response:
-    limit = query_number(request, "limit", 100, 1000)
-    before = query_number(request, "before", MAX_ID, MAX_ID)
-    return respond(await chats.history(user, path_id(request), limit, before))
+    chats: Chats  # set when the service starts
 
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
 
-async def patch_chat(request: Request, chats: Chats, user: str | None) -> Response:
-    chat_id = path_id(request)
-    title = (await read_json(request, TitleChange)).title
-    return respond(await chats.store.write(chats.tell, rename_chat, user, chat_id, title))
+    def identify(self, connection: HTTPConnection) -> tuple[str | None, float]:
+        """Return who asks, and until when (seconds since 1970) their token says so.
 
+        Browsers can't set headers on a WebSocket: there the token may come as a subprotocol.
+        ChatError `unauthorized` where JWT_SECRET asks for a token and there is no valid one.
+        """
+        if self.settings.jwt_secret is None:
+            return None, time.time() + FOREVER
+        scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+        for protocol in connection.scope.get("subprotocols", ()):
+            if protocol.startswith("bearer."):
+                scheme, token = "bearer", protocol.removeprefix("bearer.")
+        try:
+            bearer = token.strip() if scheme.lower() == "bearer" else ""
+            secret, rules = self.settings.jwt_secret.get_secret_value(), ["exp", "sub"]
+            claims = jwt.decode(bearer, secret, algorithms=["HS256"], options={"require": rules})
+            return opaque(claims["sub"]), float(claims["exp"])
+        except (jwt.InvalidTokenError, ValueError, OverflowError):
+            raise ChatError("unauthorized", "A valid bearer token is required.") from None
 
-async def delete_chat(request: Request, chats: Chats, user: str | None) -> Response:
-    await chats.delete(user, path_id(request))
-    return Response(status_code=204)
+    def own(self, user: str | None, named: str) -> str:
+        """Return the user `named` if `user` may act for them; ChatError `forbidden` if not,
+        `invalid_frame` where no user can have that id."""
+        try:
+            opaque(named)
+        except ValueError as error:
+            raise ChatError("invalid_frame", f"user_id: {error}") from None
+        if user not in {None, named}:
+            raise ChatError("forbidden", "The token is for another user.")
+        return named
 
+    def is_foreign(self, connection: HTTPConnection) -> bool:
+        """Tell whether a page of a site that isn't ours or listed asks (no Origin: no browser)."""
+        origin = connection.headers.get("origin")
+        if origin is None or not {"*", origin}.isdisjoint(self.settings.origins):
+            return False
+        return origin.lower().partition("://")[2] != connection.headers.get("host", "").lower()
 
-async def get_chats(request: Request, chats: Chats, user: str | None) -> Response:
-    user_id = user_of(request, user)
-    limit = query_number(request, "limit", 50, 200)
-    cursor = request.query_params.get("cursor", f"9999-12-31T23:59:59.999Z_{MAX_ID}")
-    if not (match := re.fullmatch(f"({TIME})_([1-9][0-9]{{0,18}})", cursor)):
-        raise ChatError("invalid_frame", "cursor: is none that this service gave out")
-    last = min(int(match[2]), MAX_ID)
-    page = await chats.store.read(list_chats, user_id, match[1], last, limit + 1)
-    if len(page) <= limit:
-        return respond(page)
-    following = quote(f"{page[limit - 1].updated_at}_{page[limit - 1].id}")
-    url = f"/api/users/{quote(user_id, safe='')}/chats?limit={limit}&cursor={following}"
-    return respond(page[:limit], Link=f'<{url}>; rel="next"')
+    # The WebSocket
 
-
-async def get_search(request: Request, chats: Chats, user: str | None) -> Response:
-    user_id = user_of(request, user)
-    limit = query_number(request, "limit", 20, 100)
-    words = request.query_params.get("q", "")
-    if not words.strip() or len(words) > 1000:
-        raise ChatError("invalid_frame", "q: must have 1 to 1000 characters, not only blanks")
-    return respond(await chats.store.read(search, user_id, words, limit))
-
-
-async def post_abort(request: Request, chats: Chats, user: str | None) -> Response:
-    chat_id = path_id(request)
-    task_id = (await read_json(request, Abort, optional=True, chat_id=chat_id)).task_id
-    task_id = request.query_params.get("task_id") if task_id is None else task_id
-    rows = await chats.ended(await chats.abort(user, chat_id, task_id))
-    ids = [row.task_id for row in rows if row.status is Status.ABORTED]
-    if not ids:
-        raise ChatError("not_running", "The reply ended before it could be stopped.")
-    return respond({"status": "aborted", "chat_id": chat_id, "task_id": ids[0], "task_ids": ids})
-
-
-async def post_message(request: Request, chats: Chats, user: str | None) -> Response:
-    action = await read_json(request, SendMessage, chat_id=path_id(request))
-    user_id = user or (await chats.store.read(own_chat, None, path_id(request))).user_id
-    return await answer(request, chats, user_id, await chats.send(user_id, action))
-
-
-async def post_regenerate(request: Request, chats: Chats, user: str | None) -> Response:
-    chat_id = path_id(request)
-    await read_body(request)  # whatever it says
-    user_id = user or (await chats.store.read(own_chat, None, chat_id)).user_id
-    return await answer(request, chats, user_id, await chats.regenerate(user_id, chat_id))
-
-
-async def answer(request: Request, chats: Chats, user_id: str, accepted: Accepted) -> Response:
-    """Answer with the ended reply or, if that is what is accepted, with its frames as they come."""
-    if "text/event-stream" in request.headers.get("accept", "").lower():
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        stream = events(chats, user_id, accepted.message)
-        return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
-    reply = await chats.reply_to(accepted.message)
-    return respond({"message": accepted.message, "reply": reply}, 201)
-
-
-async def events(chats: Chats, user_id: str, message: Message) -> AsyncIterator[str]:
-    """Yield the frames of the task that answers `message` as server-sent events."""
-    with chats.follow(user_id, message) as connection:
-        if message.task_id not in chats.running:  # a stored retry, or over in no time
-            connection.end(ending(await chats.reply_to(message)))
-        while True:
+    async def socket(self, websocket: WebSocket) -> None:
+        """One WebSocket, from its handshake to its close. Refused by accepting, then closing."""
+        await websocket.accept("chat" if "chat" in websocket.scope["subprotocols"] else None)
+        try:
+            if self.is_foreign(websocket):
+                raise ChatError("forbidden", "This origin is not allowed.")
+            user, expires = self.identify(websocket)
+            user = self.own(user, websocket.path_params["user_id"])
+            membership = self.chats.join(user)
+        except ChatError as error:
+            return await websocket.close(CLOSE_CODES.get(error.code, 4403), error.message)
+        with membership as connection:
+            sender = asyncio.create_task(self._deliver(websocket, connection))
+            left = min(max(expires - time.time(), 0), FOREVER)
+            expiry = asyncio.get_running_loop().call_later(left, connection.close, 4401, "expired")
             try:
-                text = await asyncio.wait_for(connection.get(), PING_SECONDS)
-            except TimeoutError:
+                await self._listen(websocket, user, connection)
+            finally:
+                expiry.cancel()
+                sender.cancel()
+                self.chats.metrics.dropped.inc(connection.sending)  # gone with a frame half taken
+        return None
+
+    async def _deliver(self, websocket: WebSocket, connection: Connection) -> None:
+        """Send what `connection` has for its client, until it closes or the client is gone."""
+        with suppress(WebSocketDisconnect, RuntimeError):
+            while (text := await connection.get()) is not None:
+                connection.sending = True
+                await websocket.send_text(text)
+                connection.sending = False
+            await websocket.close(*connection.closing or ())
+
+    async def _listen(self, websocket: WebSocket, user: str, connection: Connection) -> None:
+        """Do what the client asks, one frame after the other. Never waits for a reply."""
+        while (received := await websocket.receive())["type"] != "websocket.disconnect":
+            data: dict[str, Any] = {}
+            try:
+                data = parse_object(received.get("text"))
+                match parse_action(data):
+                    case SendMessage() as action:
+                        accepted = await self.chats.send(user, action)
+                        if accepted.reply is None:  # sent before: echoed to whoever asks alone
+                            connection.push(frame("message", message=accepted.message))
+                    case Abort(chat_id=chat_id, task_id=task_id):
+                        await self.chats.abort(user, chat_id, task_id)
+                    case Regenerate(chat_id=chat_id):
+                        await self.chats.regenerate(user, chat_id)
+            except ChatError as error:
+                connection.push(refusal(error, data))
+            except Exception:
+                log.exception("a frame failed", extra={"facts": {"user": user}})
+                connection.push(refusal(ChatError("internal", FAULTS["internal"]), data))
+
+    # HTTP
+
+    def route(self, path: str, **handlers: Handler) -> Route:
+        """Return one Route for `path` with a handler per method, so that 405 names them all."""
+
+        async def endpoint(request: Request) -> Response:
+            if self.is_foreign(request) and request.method not in {"GET", "HEAD"}:
+                raise ChatError("forbidden", "This origin is not allowed.")
+            user = self.identify(request)[0] if path.startswith("/api/") else None
+            return await handlers[request.method.replace("HEAD", "GET")](request, user)
+
+        return Route(path, endpoint, methods=list(handlers))
+
+    async def read_body(self, request: Request) -> bytes:
+        """Return the body; ChatError `too_large`, or `invalid_json` if it doesn't arrive.
+
+        Starlette's own limit answers in plain text, over whatever we say.
+        """
+        limit, body = self.settings.max_frame_bytes, bytearray()
+        too_large = ChatError("too_large", f"A body may have {limit} bytes.")
+        if int(request.headers.get("content-length", "0")) > limit:
+            raise too_large
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise ChatError("invalid_json", "The body did not arrive in time.") from None
+        return bytes(body)
+
+    async def read_json(
+        self, request: Request, model: type[W], *, optional: bool = False, **known: Any
+    ) -> W:
+        """Return the body as `model`, with `known` over what it says; empty only if `optional`.
+
+        ChatError as `read_body`, `unsupported_media_type`, `invalid_json` or `invalid_frame`.
+        """
+        body = await self.read_body(request)
+        media = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+        if body and not re.fullmatch(r"application/([\w.+-]+\+)?json", media.lower()):
+            raise ChatError("unsupported_media_type", "A body must be application/json.")
+        return validate(model, (parse_object(body) if body or not optional else {}) | known)
+
+    async def post_chat(self, request: Request, user: str | None) -> Response:
+        asked = request.query_params.get("user_id", user)
+        body = await self.read_json(request, NewChat, optional=asked is not None)
+        named = asked if body.user_id is None else str(body.user_id)
+        if named is None:
+            raise ChatError("invalid_frame", "user_id: is required")
+        facts = (self.own(user, named), body.title or "")
+        chat = await self.chats.store.write(self.chats.tell, Database.create_chat, *facts)
+        return respond(chat, 201, Location=f"/api/chats/{chat.id}")
+
+    async def get_chat(self, request: Request, user: str | None) -> Response:
+        limit = query_number(request, "limit", 100, 1000)
+        before = query_number(request, "before", MAX_ID, MAX_ID)
+        return respond(await self.chats.history(user, path_id(request), limit, before))
+
+    async def patch_chat(self, request: Request, user: str | None) -> Response:
+        facts = (user, path_id(request), (await self.read_json(request, TitleChange)).title)
+        return respond(await self.chats.store.write(self.chats.tell, Database.rename_chat, *facts))
+
+    async def delete_chat(self, request: Request, user: str | None) -> Response:
+        await self.chats.delete(user, path_id(request))
+        return Response(status_code=204)
+
+    async def get_chats(self, request: Request, user: str | None) -> Response:
+        user_id = self.own(user, request.path_params["user_id"])
+        limit = query_number(request, "limit", 50, 200)
+        cursor = request.query_params.get("cursor", f"9999-12-31T23:59:59.999Z_{MAX_ID}")
+        if not (found := re.fullmatch(CURSOR, cursor, re.ASCII)):
+            raise ChatError("invalid_frame", "cursor: is none that this service gave out")
+        after = (found[1], min(int(found[2]), MAX_ID))
+        page = await self.chats.store.read(Database.list_chats, user_id, *after, limit + 1)
+        if len(page) <= limit:
+            return respond(page)
+        following = quote(f"{page[limit - 1].updated_at}_{page[limit - 1].id}")
+        url = f"/api/users/{quote(user_id, safe='')}/chats?limit={limit}&cursor={following}"
+        return respond(page[:limit], Link=f'<{url}>; rel="next"')
+
+    async def get_search(self, request: Request, user: str | None) -> Response:
+        user_id = self.own(user, request.path_params["user_id"])
+        limit = query_number(request, "limit", 20, 100)
+        words = request.query_params.get("q", "")
+        if not words.strip() or len(words) > 1000:
+            raise ChatError("invalid_frame", "q: must have 1 to 1000 characters, not only blanks")
+        return respond(await self.chats.store.read(Database.search, user_id, words, limit))
+
+    async def post_abort(self, request: Request, user: str | None) -> Response:
+        chat_id = path_id(request)
+        body = await self.read_json(request, Abort, optional=True, chat_id=chat_id)
+        task_id = request.query_params.get("task_id") if body.task_id is None else body.task_id
+        rows = await self.chats.ended(await self.chats.abort(user, chat_id, task_id))
+        ids = [row.task_id for row in rows if row.status is Status.ABORTED]
+        if not ids:
+            raise ChatError("not_running", "The reply ended before it could be stopped.")
+        done = {"status": "aborted", "chat_id": chat_id, "task_id": ids[0], "task_ids": ids}
+        return respond(done)
+
+    async def post_message(self, request: Request, user: str | None) -> Response:
+        chat_id = path_id(request)
+        action = await self.read_json(request, SendMessage, chat_id=chat_id)
+        user_id = user or (await self.chats.store.read(Database.own_chat, None, chat_id)).user_id
+        return await self.answer(request, (await self.chats.send(user_id, action)).message)
+
+    async def post_regenerate(self, request: Request, user: str | None) -> Response:
+        chat_id = path_id(request)
+        await self.read_body(request)  # whatever it says
+        user_id = user or (await self.chats.store.read(Database.own_chat, None, chat_id)).user_id
+        return await self.answer(request, (await self.chats.regenerate(user_id, chat_id)).message)
+
+    async def answer(self, request: Request, message: Message) -> Response:
+        """Answer with the ended reply or, where events are accepted, with its frames."""
+        if "text/event-stream" in request.headers.get("accept", "").lower():
+            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            return StreamingResponse(self.events(message), 200, headers, "text/event-stream")
+        reply = await self.chats.reply_to(message)
+        return respond({"message": message, "reply": reply}, 201)
+
+    async def events(self, message: Message) -> AsyncIterator[str]:
+        """Yield the frames of the task that answers `message` as server-sent events."""
+        yield f"event: message\ndata: {frame('message', message=message)}\n\n"
+        reply, cursor, spoke = self.chats.running.get(message.task_id), 0, time.monotonic()
+        while reply is not None and (cursor < len(reply.pieces) or not reply.settled.done()):
+            if cursor < len(reply.pieces):
+                yield f"event: token\ndata: {reply.token_frame(cursor)}\n\n"
+                cursor, spoke = len(reply.pieces), time.monotonic()
+            elif time.monotonic() - spoke > PING_SECONDS:
                 yield ": still here\n\n"
-                continue
-            if text is None:
-                return
+                spoke = time.monotonic()
+            await asyncio.wait([reply.settled], timeout=LOOK_SECONDS)
+        for text in ending(reply.settled.result() if reply else await self.chats.reply_to(message)):
             kind = text.split('"', 4)[3]  # `frame` puts the type first
             yield f"event: {kind}\ndata: {text}\n\n"
 
+    async def get_health(self, _request: Request, _user: str | None) -> Response:
+        try:
+            await asyncio.wait_for(self.chats.store.read(Database.ping), HEALTH_SECONDS)
+        except TimeoutError:
+            raise ChatError("internal", "The database does not answer.") from None
+        counts = {"connections": self.chats.rooms.count, "replies": len(self.chats.running)}
+        facts = {"status": "ok", "model": self.chats.model_name, **counts, "version": VERSION}
+        return respond(facts)
 
-async def get_health(_request: Request, chats: Chats, _user: str | None) -> Response:
-    try:
-        await asyncio.wait_for(chats.store.read(ping), HEALTH_SECONDS)
-    except TimeoutError:
-        raise ChatError("internal", "The database does not answer.") from None
-    counts = {"connections": chats.rooms.count, "replies": len(chats.running)}
-    return respond({"status": "ok", "model": chats.model_name, **counts, "version": VERSION})
+    async def get_metrics(self, _request: Request, _user: str | None) -> Response:
+        media = prometheus.CONTENT_TYPE_PLAIN_0_0_4
+        return Response(self.chats.metrics.show(self.chats), media_type=media)
 
 
-async def get_metrics(_request: Request, chats: Chats, _user: str | None) -> Response:
-    text = prometheus.generate_latest(chats.metrics.registry)
-    return Response(text, media_type=prometheus.CONTENT_TYPE_PLAIN_0_0_4)
-
-
-class OriginGuard:
-    """Lets listed origins in by CORS and keeps foreign ones from changing anything."""
-
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app, self.settings = app, settings
-        methods, headers = ["GET", "POST", "PATCH", "DELETE"], ["Authorization", "Content-Type"]
-        shown = ["Link", "Location", "Retry-After"]
-        self.cors = CORSMiddleware(app, settings.origins, methods, headers, expose_headers=shown)
+class ListedOrigins(CORSMiddleware):
+    """CORS for the listed origins; for others as if there were none."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self.app
-        if scope["type"] == "http":
-            request = HTTPConnection(scope)
-            if not {"*", request.headers.get("origin")}.isdisjoint(self.settings.origins):
-                app = self.cors
-            elif is_foreign(request, self.settings) and scope["method"] not in {"GET", "HEAD"}:
-                app = problem(ChatError("forbidden", "This origin is not allowed."))
-        await app(scope, receive, send)
+        origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None
+        listed = origin is not None and self.is_allowed_origin(origin)
+        await (super().__call__ if listed else self.app)(scope, receive, send)
+
+
+Handler = Callable[[Request, str | None], Awaitable[Response]]
 
 
 # --- 5. Application: what happens, in order. No SQL, no sockets, no SDK. ---
@@ -799,9 +784,7 @@ CHECKPOINT_SECONDS = 0.5  # promise 6 allows a second's text to be lost, the com
 AFTER_FINISH_SECONDS = 1.0  # for usage and the end of a stream that has said it is finished
 SETTLE_SECONDS = 3.0  # at shutdown, for the last endings to be stored
 STORE_RETRY_SECONDS = 1.0  # an ending that could not be stored is tried again
-FEW_REPLIES = 16  # up to here tokens are relayed one by one
-PAUSE_PER_REPLY = 0.0003  # seconds between two reads of one reply, for each that runs
-MAX_PAUSE = 0.2
+FLUSH_SECONDS = 1.0  # at shutdown, for outboxes to empty
 
 
 class Accepted(NamedTuple):
@@ -813,18 +796,45 @@ class Accepted(NamedTuple):
     chat: Chat | None = None
 
 
-class Admission:
-    """Decides whether one more message may be stored. Called by the writer, one at a time."""
+class Chats:
+    """The application: accepts messages, runs replies, ends them, tells whom it concerns.
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    `running` has every reply that runs or waits, by task id: the dict that aborts look in.
+    `lines` has them by chat, in order; the first of a line is the one that is written.
+    """
+
+    def __init__(
+        self, settings: Settings, store: Store, metrics: Metrics, model_name: str, model: Model
+    ) -> None:
+        self.settings, self.store, self.metrics = settings, store, metrics
+        self.model_name, self.model = model_name, model
+        self.rooms = Rooms(settings)
+        self.running: dict[str, Reply] = {}
+        self.lines: dict[int, deque[Reply]] = {}
         self.draining = False
-        self._full_at: dict[str, float] = {}  # by user, the longest silent first
+        self._full_at: dict[str, float] = {}  # users' token buckets, the longest silent first
 
-    def __call__(self, user_id: str, in_chat: int, chats_running: int) -> None:
+    # Requests
+
+    def join(self, user_id: str) -> ContextManager[Connection]:
+        """Admit a WebSocket of `user_id`, brought up to date; ChatError if that can't be now."""
+        if self.draining:
+            raise ChatError("interrupted", "The service restarts.")
+        connection = Connection(self.settings)
+        membership = self.rooms.enter(user_id, connection)
+        # No await until the connection is in its room: nothing falls in between.
+        for reply in self.running.values():
+            if reply.user_id == user_id:
+                connection.sync(reply)
+        return membership
+
+    def tell(self, chat: Chat) -> None:
+        self.rooms.publish(chat.user_id, frame("chat", chat=chat))
+
+    def admit(self, user_id: str, in_chat: int, chats_running: int) -> None:
         """ChatError if `user_id` may not send to a chat that has `in_chat` unended replies.
 
-        The limit per minute is a token bucket: its last fact is when it will be full again.
+        Called by the writer, one at a time. A token bucket is known by when it is full again.
         """
         if self.draining:
             raise ChatError("overloaded", "The service restarts.", retry_after=5)
@@ -843,52 +853,6 @@ class Admission:
             buckets.pop(user_id, None)
             buckets[user_id] = full_at
 
-
-class Chats:
-    """The application: accepts messages, runs replies, ends them, tells whom it concerns.
-
-    `running` has every reply that runs or waits, by task id: the dict that aborts look in.
-    `lines` has them by chat, in order; the first of a line is the one that is written.
-    """
-
-    def __init__(
-        self, settings: Settings, store: Store, metrics: Metrics, model_name: str, model: Model
-    ) -> None:
-        self.settings, self.store, self.metrics = settings, store, metrics
-        self.model_name, self.model = model_name, model
-        self.rooms = Rooms(settings)
-        self.admission = Admission(settings)
-        self.running: dict[str, Reply] = {}
-        self.lines: dict[int, deque[Reply]] = {}
-        metrics.watch(self)
-
-    # Requests
-
-    def join(self, user_id: str) -> contextlib.AbstractContextManager[Connection]:
-        """Admit a WebSocket of `user_id`, brought up to date; ChatError if that can't be now."""
-        if self.admission.draining:
-            raise ChatError("interrupted", "The service restarts.")
-        connection = Connection(self.settings)
-        membership = self.rooms.admit(user_id, connection)
-        # No await until the connection is in its room: nothing falls in between.
-        for reply in self.running.values():
-            if reply.user_id == user_id:
-                connection.sync(reply)
-        return membership
-
-    @contextmanager
-    def follow(self, user_id: str, message: Message) -> Iterator[Connection]:
-        """Let a reader hear all of the task that answers `message`, from its echo on."""
-        connection = Connection(self.settings, message.task_id)
-        with self.rooms.enter(user_id, connection):
-            connection.push(frame("message", message=message))
-            if reply := self.running.get(message.task_id):
-                connection.grow(reply)
-            yield connection
-
-    def tell(self, chat: Chat) -> None:
-        self.rooms.publish(chat.user_id, [frame("chat", chat=chat)])
-
     async def send(self, user_id: str, action: SendMessage) -> Accepted:
         """Store a message and its reply, echo it, and let the reply run or wait.
 
@@ -896,13 +860,14 @@ class Chats:
         """
         if len(action.content) > (most := self.settings.max_message_chars):
             raise ChatError("invalid_frame", f"content: may have {most} characters")
-        arguments = (user_id, action, str(uuid.uuid4()), self.admission)
-        return await self.store.write(partial(self._accepted, user_id), accept, *arguments)
+        facts = (user_id, action, str(uuid.uuid4()), self.admit)
+        return await self.store.write(partial(self._accepted, user_id), Database.accept, *facts)
 
     async def regenerate(self, user_id: str, chat_id: int) -> Accepted:
         """Answer the chat's last user message anew; as `send`, and `not_running` without one."""
-        arguments = (user_id, chat_id, str(uuid.uuid4()), self.admission)
-        return await self.store.write(partial(self._accepted, user_id), accept_again, *arguments)
+        facts = (user_id, chat_id, str(uuid.uuid4()), self.admit)
+        then = partial(self._accepted, user_id)
+        return await self.store.write(then, Database.accept_again, *facts)
 
     async def abort(self, user: str | None, chat_id: int | None, task: str | None) -> list[Reply]:
         """Stop a task, or all of a chat's; return at once, their endings follow.
@@ -910,7 +875,7 @@ class Chats:
         ChatError `chat_not_found`, `task_not_found`, or `not_running` if all has ended.
         """
         if chat_id is not None:
-            await self.store.read(own_chat, user, chat_id)
+            await self.store.read(Database.own_chat, user, chat_id)
         found = list(self.running.values()) if task is None else [self.running.get(task.lower())]
         replies = [
             reply
@@ -919,7 +884,7 @@ class Chats:
         ]
         if not replies:
             if task is not None:
-                await self.store.read(find_task, user, chat_id, task.lower())
+                await self.store.read(Database.find_task, user, chat_id, task.lower())
             raise ChatError("not_running", "There is nothing to stop: it has ended.")
         for reply in reversed(replies):  # the waiting ones first, so that none gets its turn
             self._stop(reply, Status.ABORTED)
@@ -937,19 +902,18 @@ class Chats:
         if reply := self.running.get(message.task_id):
             await asyncio.wait([reply.settled])  # not awaited itself: cancelling us would end it
             return reply.settled.result()
-        found: Message = await self.store.read(find_task, None, None, message.task_id)
-        return found
+        return await self.store.read(Database.find_task, None, None, message.task_id)
 
     async def history(self, user: str | None, chat_id: int, limit: int, before: int) -> Any:
         """Return a chat and the `limit` newest of its messages before id `before`."""
         while True:
-            chat, rows = await self.store.read(read_history, user, chat_id, limit + 1, before)
-            unended = [row.task_id for row in rows if row.status is Status.STREAMING]
-            if all(task_id in self.running for task_id in unended):
+            facts = (user, chat_id, limit + 1, before)
+            chat, rows = await self.store.read(Database.read_history, *facts)
+            unended = [i for i, row in enumerate(rows) if row.status is Status.STREAMING]
+            if all(rows[i].task_id in self.running for i in unended):
                 break  # otherwise one ended between the read and now: read it as it ended
-        for index, row in enumerate(rows):
-            if row.status is Status.STREAMING:
-                rows[index] = replace(row, content=self.running[row.task_id].text)
+        for i in unended:
+            rows[i] = replace(rows[i], content=self.running[rows[i].task_id].text)
         has_more = len(rows) > limit
         return asdict(chat) | {"messages": rows[has_more:], "has_more": has_more}
 
@@ -958,16 +922,16 @@ class Chats:
 
         def announce(chat: Chat | None) -> None:
             if chat is not None:
-                self.rooms.publish(chat.user_id, [frame("chat_deleted", chat_id=chat.id)])
+                self.rooms.publish(chat.user_id, frame("chat_deleted", chat_id=chat.id))
 
         deleted = None
         while deleted is None:  # a message may arrive between the stop and the delete
-            await self.store.read(own_chat, user, chat_id)
+            await self.store.read(Database.own_chat, user, chat_id)
             replies = list(self.lines.get(chat_id, ()))
             for reply in reversed(replies):
                 self._stop(reply, Status.ABORTED)
             await self.ended(replies)
-            deleted = await self.store.write(announce, drop_chat, user, chat_id)
+            deleted = await self.store.write(announce, Database.drop_chat, user, chat_id)
 
     # The life of a reply
 
@@ -977,12 +941,12 @@ class Chats:
             return
         if accepted.chat is not None:
             self.tell(accepted.chat)
-        self.rooms.publish(user_id, [frame("message", message=accepted.message)])
+        self.rooms.publish(user_id, frame("message", message=accepted.message))
         reply = Reply(user_id, accepted.reply)
         self.running[reply.row.task_id] = reply
         self.lines.setdefault(reply.row.chat_id, deque()).append(reply)
         event("accepted", user=user_id, **reply.row.ids)
-        if self.admission.draining:
+        if self.draining:
             self._stop(reply, Status.INTERRUPTED)
         self._advance(reply.row.chat_id)
 
@@ -999,9 +963,9 @@ class Chats:
         TimeoutError over a time limit; whatever the model raises.
         """
         settings, clock = self.settings, asyncio.get_running_loop().time
-        turns = await self.store.read(context, reply.row, settings.max_context_chars)
+        turns = await self.store.read(Database.context, reply.row, settings.max_context_chars)
         if settings.system_prompt:
-            turns.insert(0, Turn("system", settings.system_prompt))
+            turns.insert(0, {"role": "system", "content": settings.system_prompt})
         last = clock() + settings.max_reply_seconds
         first = min(last, clock() + settings.model_timeout_seconds)
         model, finished = aclosing(self.model(turns, reply.report)), False
@@ -1019,8 +983,6 @@ class Chats:
                         reply.report.finish_reason = "length"
                         return
                     self.rooms.grow(reply)
-                if (count := len(self.lines)) > FEW_REPLIES:
-                    await asyncio.sleep(min(count * PAUSE_PER_REPLY, MAX_PAUSE))
 
     def _stop(self, reply: Reply, status: Status) -> None:
         """End `reply` with `status`, unless something else has already ended it."""
@@ -1045,16 +1007,16 @@ class Chats:
         code = "model_timeout" if isinstance(error, TimeoutError) else "internal"
         if isinstance(error, ModelError):
             code = error.code
-        trace = error if code == "internal" else None
         facts = {**reply.row.ids, "code": code, "why": str(error)}
+        trace = error if code == "internal" else None
         log.warning("the model failed", exc_info=trace, extra={"facts": facts})
         return self._settle(reply, Status.FAILED, code)
 
     def _settle(self, reply: Reply, status: Status, finish_reason: str | None) -> None:
         """Store the ending. While the database can't, try again: an ending must not get lost."""
         reply.report.finish_reason = finish_reason
-        arguments = (reply.row.id, reply.text, status, reply.report)
-        future = self.store.write(partial(self._settled, reply), settle, *arguments)
+        facts = (reply.row.id, reply.text, status, reply.report)
+        future = self.store.write(partial(self._settled, reply), Database.settle, *facts)
 
         def check(done: asyncio.Future[Message]) -> None:
             if (error := done.exception()) is not None:
@@ -1068,11 +1030,11 @@ class Chats:
         """Announce the stored ending and give the next reply of the chat its turn."""
         del self.running[row.task_id]
         self.lines[row.chat_id].remove(reply)
-        self.rooms.publish(reply.user_id, ending(row), ended=row.task_id)
+        self.rooms.publish(reply.user_id, *ending(row))
         reply.settled.set_result(row)
         self.metrics.ended(reply, row)
-        facts: dict[str, Any] = {"reason": row.finish_reason, "pieces": len(reply.pieces)}
-        event(row.status, user=reply.user_id, **row.ids, **facts)
+        count = len(reply.pieces)
+        event(row.status, user=reply.user_id, **row.ids, reason=row.finish_reason, pieces=count)
         if self.lines[row.chat_id]:
             self._advance(row.chat_id)
         else:
@@ -1088,7 +1050,7 @@ class Chats:
             texts = [(reply.text, reply.row.id) for reply in grown]
             try:
                 if texts:
-                    await self.store.write(None, checkpoint, texts)
+                    await self.store.write(None, Database.checkpoint, texts)
                 for reply, count in grown.items():
                     reply.saved = count
             except sqlite3.Error as error:
@@ -1096,27 +1058,31 @@ class Chats:
 
     async def drain(self) -> None:
         """Promise 10: refuse what is new, let what runs finish, interrupt the rest."""
-        self.admission.draining = True
+        self.draining = True
         late = [reply for reply in self.running.values() if reply.task is None]
         for seconds in (self.settings.drain_seconds, SETTLE_SECONDS):
             for reply in late:
                 self._stop(reply, Status.INTERRUPTED)
-            late = list(self.running.values())
-            if late:
+            if late := list(self.running.values()):
                 event("draining", replies=len(late))
                 await asyncio.wait([reply.settled for reply in late], timeout=seconds)
             late = list(self.running.values())
-        await self.rooms.flush()
+        deadline = time.monotonic() + FLUSH_SECONDS  # for the endings to be sent; some may stall
+        while self.rooms.unsent and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
 
 
 # --- 6. Infrastructure: connections, the database, the model. Decides nothing. ---
 
-FLUSH_SECONDS = 1.0  # at shutdown, for outboxes to empty
 MAX_BATCH = 200  # operations in one transaction
 BUSY_SECONDS = 5  # to wait for another process's lock on the database
 OWNER_SECONDS = 20.0  # to wait for another service to let the database go
 SCHEMA_VERSION = 1
 MAX_LINE_BYTES = 2**20  # of a model's stream
+FEW_STREAMS = 16  # up to here tokens are relayed one by one
+PAUSE_PER_STREAM = 0.00035  # seconds between two reads of one stream, for each that there is
+MAX_PAUSE = 0.2
+PAUSE_STEP = 0.005  # pauses end together: one turn of the event loop for many streams
 
 
 class Connection:
@@ -1124,11 +1090,9 @@ class Connection:
 
     A reply is in the outbox once at most, however much it grows: a slow reader gets fewer and
     bigger `token` frames. A reader that lets whole frames pile up is closed with 1013.
-    With `task_id` it is a listener that hears of that task only, and ends with it.
     """
 
-    def __init__(self, settings: Settings, task_id: str | None = None) -> None:
-        self.task_id = task_id
+    def __init__(self, settings: Settings) -> None:
         self.outbox: deque[str | Reply] = deque()
         self.closing: tuple[int, str] | None = None
         self.sending = False
@@ -1160,12 +1124,6 @@ class Connection:
         reply.cursors[self] = len(reply.pieces)
         self.push(frame("sync", **reply.row.ids, content=reply.text, seq=len(reply.pieces)))
 
-    def end(self, frames: list[str]) -> None:
-        """Send `frames` and then nothing more."""
-        for text in frames:
-            self.push(text)
-        self.close(1000, "")
-
     def close(self, code: int, reason: str) -> None:
         """Close once all that is in the outbox is sent."""
         self.closing = self.closing or (code, reason)
@@ -1196,120 +1154,46 @@ class Rooms:
         self.count = 0
         self._rooms: dict[str, dict[Connection, None]] = {}  # ordered sets
 
-    def admit(
-        self, user_id: str, connection: Connection
-    ) -> contextlib.AbstractContextManager[Connection]:
-        """Enter as a WebSocket; ChatError `overloaded` where there are too many."""
-        theirs = sum(other.task_id is None for other in self._rooms.get(user_id, ()))
-        if theirs >= self.settings.max_connections_per_user:
+    def enter(self, user_id: str, connection: Connection) -> ContextManager[Connection]:
+        """Return a membership to be entered at once; ChatError `overloaded` at the limits."""
+        if len(self._rooms.get(user_id, ())) >= self.settings.max_connections_per_user:
             raise ChatError("overloaded", "Too many connections of this user.")
         if self.count >= self.settings.max_connections:
             raise ChatError("overloaded", "Too many connections.")
-        return self.enter(user_id, connection)
+        return self._member(user_id, connection)
 
     @contextmanager
-    def enter(self, user_id: str, connection: Connection) -> Iterator[Connection]:
+    def _member(self, user_id: str, connection: Connection) -> Iterator[Connection]:
         room = self._rooms.setdefault(user_id, {})
         room[connection] = None
-        self.count += connection.task_id is None
+        self.count += 1
         try:
             yield connection
         finally:
-            self.count -= connection.task_id is None
+            self.count -= 1
             connection.outbox.clear()
             del room[connection]
             if not room:
                 del self._rooms[user_id]
 
-    def publish(self, user_id: str, frames: list[str], ended: str = "") -> None:
-        """Send `frames` to the user's connections, and to listeners if they end their task."""
+    def publish(self, user_id: str, *frames: str) -> None:
         for connection in self._rooms.get(user_id, ()):
-            if connection.task_id is None:
-                for text in frames:
-                    connection.push(text)
-            elif connection.task_id == ended:
-                connection.end(frames)
+            for text in frames:
+                connection.push(text)
 
     def grow(self, reply: Reply) -> None:
         for connection in self._rooms.get(reply.user_id, ()):
-            if connection.task_id in {None, reply.row.task_id}:
-                connection.grow(reply)
+            connection.grow(reply)
 
-    async def flush(self) -> None:
-        """Wait until the outboxes are empty; not long: some readers may have stalled."""
-        deadline = time.monotonic() + FLUSH_SECONDS
-        while time.monotonic() < deadline and any(
-            connection.outbox for room in self._rooms.values() for connection in room
-        ):
-            await asyncio.sleep(0.01)
-
-
-class Store:
-    """The database: one connection that writes, one that reads, each on its own thread."""
-
-    def __init__(
-        self, writer: aiosqlite.Connection, reader: aiosqlite.Connection, metrics: Metrics
-    ) -> None:
-        self._writer, self._reader, self._metrics = writer, reader, metrics
-        self._queue: asyncio.Queue[Write | None] = asyncio.Queue()
-
-    @classmethod
-    @asynccontextmanager
-    async def open(cls, path: Path, metrics: Metrics) -> AsyncIterator[Store]:
-        """Open, create or recover the database; StartError if that can't be done."""
-        connect = partial(aiosqlite.connect, path, isolation_level=None, timeout=BUSY_SECONDS)
-        with sole_owner(path):
-            async with connect() as writer, connect() as reader:
-                store = cls(writer, reader, metrics)
-                await store._run(writer, prepare)
-                await store._run(reader, prepare_reader)
-                task = asyncio.create_task(store._write_forever())
-                yield store
-                store._queue.put_nowait(None)
-                await task
-
-    async def read(self, query: Callable[..., T], *arguments: Any) -> T:
-        """Return `query(connection, *arguments)`, one of the functions below."""
-        return await self._run(self._reader, lambda db: query(db, *arguments))
-
-    def write(
-        self, then: Callable[[T], None] | None, operation: Callable[..., T], *arguments: Any
-    ) -> asyncio.Future[T]:
-        """Queue `operation(connection, *arguments)`; the future resolves once it is on the disk.
-
-        Before that `then` is called with its result, in the order of the commits. The future
-        raises the operation's ChatError, which comes before its first write, or sqlite3.Error.
-        """
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(Write(lambda db: operation(db, *arguments), then, future))
-        return future
-
-    async def _run(self, db: aiosqlite.Connection, call: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a whole operation for one hop to the connection's thread and back; aiosqlite's
-        own methods are one statement a hop."""
-        result: T = await db._execute(call, db._conn)  # type: ignore[no-untyped-call]
-        return result
-
-    async def _write_forever(self) -> None:
-        """Commit what is queued, as much as there is at once, until None. Never cancelled."""
-        while (write := await self._queue.get()) is not None:
-            batch = [write]
-            while len(batch) < MAX_BATCH and not self._queue.empty():
-                if (write := self._queue.get_nowait()) is None:
-                    self._queue.put_nowait(None)
-                    break
-                batch.append(write)
-            started = time.monotonic()
-            outcomes = await self._run(self._writer, partial(commit, batch))
-            self._metrics.committed(len(batch), time.monotonic() - started)
-            for done, outcome in zip(batch, outcomes, strict=True):
-                done.announce(outcome)
+    @property
+    def unsent(self) -> bool:
+        return any(connection.outbox for room in self._rooms.values() for connection in room)
 
 
 class Write(NamedTuple):
     """An operation on its way to the writer, and whom its commit concerns."""
 
-    operation: Callable[[sqlite3.Connection], Any]
+    operation: Callable[[Database], Any]
     then: Callable[[Any], None] | None
     future: asyncio.Future[Any]
 
@@ -1325,29 +1209,66 @@ class Write(NamedTuple):
             self.future.set_exception(outcome) if failed else self.future.set_result(outcome)
 
 
-def commit(batch: list[Write], db: sqlite3.Connection) -> list[Any]:
-    """Run `batch` in one transaction; return each operation's result or exception.
+class Store:
+    """The database as the event loop sees it: one connection that writes and one that reads,
+    each on its own thread."""
 
-    If that fails, the operations run one by one, so that only the bad one fails. If it can't
-    even begin (locked, read-only), all fail: each of them would wait as long again.
-    """
-    outcomes: list[Any] = []
-    try:
-        db.execute("BEGIN IMMEDIATE")
-        for write in batch:
-            try:
-                outcomes.append(write.operation(db))
-            except ChatError as error:
-                outcomes.append(error)
-        db.execute("COMMIT")
-    except Exception as error:
-        began = db.in_transaction or bool(outcomes)
-        if db.in_transaction:  # a full disk may have rolled it back already
-            db.execute("ROLLBACK")
-        if len(batch) == 1 or not began:
-            return [error] * len(batch)
-        return [outcome for write in batch for outcome in commit([write], db)]
-    return outcomes
+    def __init__(self, writer: aiosqlite.Connection, reader: aiosqlite.Connection) -> None:
+        self._writer, self._reader = writer, reader
+        self._queue: asyncio.Queue[Write | None] = asyncio.Queue()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, path: Path, metrics: Metrics) -> AsyncIterator[Store]:
+        """Open, create or recover the database; StartError if that can't be done."""
+        connect = partial(aiosqlite.connect, path, isolation_level=None, timeout=BUSY_SECONDS)
+        with sole_owner(path):
+            async with connect() as writer, connect() as reader:
+                store = cls(writer, reader)
+                await store._run(writer, Database.prepare)
+                await store._run(reader, Database.prepare_reader)
+                task = asyncio.create_task(store._write_forever(metrics))
+                yield store
+                store._queue.put_nowait(None)
+                await task
+
+    async def read(self, query: Callable[..., T], *facts: Any) -> T:
+        """Return `query(database, *facts)`; its ChatError, or sqlite3.Error."""
+        return await self._run(self._reader, lambda database: query(database, *facts))
+
+    def write(
+        self, then: Callable[[T], None] | None, operation: Callable[..., T], *facts: Any
+    ) -> asyncio.Future[T]:
+        """Queue `operation(database, *facts)`; the future resolves once it is on the disk.
+
+        Before that `then` is called with its result, in the order of the commits. The future
+        raises the operation's ChatError, which comes before its first write, or sqlite3.Error.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(Write(lambda db: operation(db, *facts), then, future))
+        return future
+
+    async def _run(self, connection: aiosqlite.Connection, call: Callable[[Database], T]) -> T:
+        """Run a whole operation for one hop to the connection's thread and back; aiosqlite's
+        own methods are one statement a hop."""
+        database = Database(connection._conn)
+        result: T = await connection._execute(call, database)  # type: ignore[no-untyped-call]
+        return result
+
+    async def _write_forever(self, metrics: Metrics) -> None:
+        """Commit what is queued, as much as there is at once, until None. Never cancelled."""
+        while (write := await self._queue.get()) is not None:
+            batch = [write]
+            while len(batch) < MAX_BATCH and not self._queue.empty():
+                if (write := self._queue.get_nowait()) is None:
+                    self._queue.put_nowait(None)
+                    break
+                batch.append(write)
+            started = time.monotonic()
+            outcomes = await self._run(self._writer, partial(Database.commit, batch=batch))
+            metrics.committed(len(batch), time.monotonic() - started)
+            for done, outcome in zip(batch, outcomes, strict=True):
+                done.announce(outcome)
 
 
 @contextmanager
@@ -1360,7 +1281,7 @@ def sole_owner(path: Path) -> Iterator[None]:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StartError(f"DATABASE_URL: cannot open {path}: {error.strerror}") from None
-    try:
+    with closing(os.fdopen(lock)):
         deadline = time.monotonic() + OWNER_SECONDS
         while sys.platform != "win32":
             try:
@@ -1371,231 +1292,236 @@ def sole_owner(path: Path) -> Iterator[None]:
                     raise StartError(f"DATABASE_URL: another service uses {path}") from None
             time.sleep(0.05)
         yield
-    finally:
-        os.close(lock)
 
 
-def prepare(db: sqlite3.Connection) -> None:
-    """Set up the write connection, create the tables once, end what a crash left running."""
-    try:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")  # promise 1: a commit is on the disk
-        db.execute("PRAGMA foreign_keys = ON")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise StartError("DATABASE_URL: the database is of a newer version of this service")
-        if version == 0:
-            db.executescript(f"BEGIN IMMEDIATE;{(HERE / 'schema.sql').read_text()}COMMIT;")
-        ended = db.execute("UPDATE messages SET status = 'interrupted' WHERE status = 'streaming'")
-        if ended.rowcount:
-            event("recovered", interrupted=ended.rowcount)
-    except sqlite3.Error as error:
-        raise StartError(f"DATABASE_URL: cannot use the database: {error}") from None
+class Database:
+    """The operations: plain SQL, in a transaction, on the thread of one connection."""
+
+    CHAT = ", ".join(each.name for each in fields(Chat))
+    MESSAGE = ", ".join(each.name for each in fields(Message))
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def one(self, sql: str, *values: Any) -> Any:
+        """Run a statement and return its first row, None if it has none."""
+        return self.connection.execute(sql, values).fetchone()
+
+    def all(self, sql: str, *values: Any) -> list[Any]:
+        return self.connection.execute(sql, values).fetchall()
+
+    def message(self, row: tuple[Any, ...]) -> Message:
+        values = list(row[:13])
+        values[3], values[5] = bool(row[3]), Status(row[5])
+        return Message(*values)
+
+    def prepare(self) -> None:
+        """Set up the write connection, create the tables once, end what a crash left running."""
+        try:
+            self.one("PRAGMA journal_mode = WAL")
+            self.one("PRAGMA synchronous = FULL")  # promise 1: a commit is on the disk
+            self.one("PRAGMA foreign_keys = ON")
+            (version,) = self.one("PRAGMA user_version")
+            if version > SCHEMA_VERSION:
+                raise StartError("DATABASE_URL: the database is of a newer version of the service")
+            if version == 0:
+                schema = (HERE / "schema.sql").read_text("utf-8")
+                self.connection.executescript(f"BEGIN IMMEDIATE;{schema}COMMIT;")
+            sql = "UPDATE messages SET status = 'interrupted' WHERE status = 'streaming'"
+            if count := self.connection.execute(sql).rowcount:
+                event("recovered", interrupted=count)
+        except sqlite3.Error as error:
+            raise StartError(f"DATABASE_URL: cannot use the database: {error}") from None
+
+    def prepare_reader(self) -> None:
+        self.one("PRAGMA query_only = ON")
+        self.one("PRAGMA wal_autocheckpoint = 0")
+
+    def commit(self, batch: list[Write]) -> list[Any]:
+        """Run `batch` in one transaction; return each operation's result or exception.
+
+        If that fails, the operations run one by one, so that only the bad one fails. If it can't
+        even begin (locked, read-only), all fail: each of them would wait as long again.
+        """
+        outcomes: list[Any] = []
+        try:
+            self.one("BEGIN IMMEDIATE")
+            for write in batch:
+                try:
+                    outcomes.append(write.operation(self))
+                except ChatError as error:
+                    outcomes.append(error)
+            self.one("COMMIT")
+        except Exception as error:
+            began = self.connection.in_transaction or bool(outcomes)
+            if self.connection.in_transaction:  # a full disk may have rolled it back already
+                self.one("ROLLBACK")
+            if len(batch) == 1 or not began:
+                return [error] * len(batch)
+            return [outcome for write in batch for outcome in self.commit([write])]
+        return outcomes
+
+    def ping(self) -> None:
+        self.one("SELECT name FROM sqlite_schema LIMIT 1")
+
+    def own_chat(self, user: str | None, chat_id: int) -> Chat:
+        """Return a chat of `user` (None: of anybody); ChatError `chat_not_found`."""
+        row = self.one(f"SELECT {self.CHAT} FROM chats WHERE id = ?", chat_id)
+        if row is None or user not in {None, row[1]}:
+            raise ChatError("chat_not_found", "There is no such chat.")
+        return Chat(*row)
+
+    def create_chat(self, user_id: str, title: str) -> Chat:
+        sql = "INSERT INTO chats (user_id, title, created_at, updated_at) VALUES (?, ?, ?, ?)"
+        at = now()
+        return Chat(*self.one(f"{sql} RETURNING {self.CHAT}", user_id, title, at, at))
+
+    def save_chat(self, chat: Chat, title: str, at: str) -> Chat:
+        """Store title and time; an empty title becomes the first message's first line."""
+        sql = "SELECT content FROM messages WHERE chat_id = ? ORDER BY id LIMIT 1"
+        if not title and (first := self.one(sql, chat.id)):
+            title = first[0].strip().splitlines()[0][:60].strip()
+        self.one("UPDATE chats SET title = ?, updated_at = ? WHERE id = ?", title, at, chat.id)
+        return replace(chat, title=title, updated_at=at)
+
+    def rename_chat(self, user: str | None, chat_id: int, title: str) -> Chat:
+        return self.save_chat(self.own_chat(user, chat_id), title, now())
+
+    def drop_chat(self, user: str | None, chat_id: int) -> Chat | None:
+        """Delete a chat and its messages, and return it; None while a reply is unended."""
+        chat = self.own_chat(user, chat_id)
+        if self.load(chat_id)[0]:
+            return None
+        self.one("DELETE FROM messages WHERE chat_id = ?", chat_id)
+        self.one("DELETE FROM chats WHERE id = ?", chat_id)
+        return chat
+
+    def load(self, chat_id: int | None) -> Any:
+        """Return how many replies of a chat have not ended; if none, how many chats have any."""
+        sql = "SELECT count(*) FROM messages WHERE status = 'streaming' AND chat_id = ?"
+        if in_chat := self.one(sql, chat_id)[0]:
+            return in_chat, 0  # a further reply of a busy chat only waits: the others don't count
+        sql = "SELECT count(DISTINCT chat_id) FROM messages WHERE status = 'streaming'"
+        return 0, *self.one(sql)
+
+    def accept(self, user_id: str, action: SendMessage, task_id: str, admit: Admit) -> Accepted:
+        """Store a message and its empty reply, and their chat if there is none.
+
+        What was stored under the same client_msg_id comes back instead, whatever the limits say.
+        """
+        key = (user_id, action.client_msg_id)
+        sql = "SELECT message_id FROM sends WHERE user_id = ? AND client_msg_id = ?"
+        if sent := self.one(sql, *key):
+            return Accepted(self.stored(sent[0]))
+        chat = self.own_chat(user_id, action.chat_id) if action.chat_id else None
+        admit(user_id, *self.load(action.chat_id))
+        chat = chat or self.create_chat(user_id, "")
+        message = self.insert(chat, action.content, task_id, None, action.client_msg_id)
+        reply = self.insert(chat, "", task_id, message.id)
+        if action.client_msg_id is not None:
+            self.one("INSERT INTO sends VALUES (?, ?, ?)", *key, message.id)
+        saved = self.save_chat(chat, chat.title, message.timestamp)
+        return Accepted(message, reply, saved if saved.title != chat.title else None)
+
+    def accept_again(self, user_id: str, chat_id: int, task_id: str, admit: Admit) -> Accepted:
+        """Store a further, still empty reply to a chat's last user message."""
+        chat = self.own_chat(user_id, chat_id)
+        sql = "SELECT id FROM messages WHERE chat_id = ? AND NOT is_ai ORDER BY id DESC LIMIT 1"
+        if (last := self.one(sql, chat_id)) is None:
+            raise ChatError("not_running", "There is no message to answer anew.")
+        in_chat, chats = self.load(chat_id)
+        if in_chat:
+            raise ChatError("busy", "A reply of this chat is still being written.")
+        admit(user_id, in_chat, chats)
+        self.one("UPDATE messages SET task_id = ? WHERE id = ?", task_id, *last)
+        reply = self.insert(chat, "", task_id, *last)
+        self.save_chat(chat, chat.title, reply.timestamp)
+        return Accepted(self.stored(*last), reply)
+
+    def stored(self, message_id: int) -> Message:
+        row = self.one(f"SELECT {self.MESSAGE} FROM messages WHERE id = ?", message_id)
+        if row is None:
+            raise ChatError("chat_not_found", "This message was sent; its chat has been deleted.")
+        return self.message(row)
+
+    def insert(
+        self, chat: Chat, text: str, task_id: str, reply_to: int | None, sent_as: str | None = None
+    ) -> Message:
+        """Store a user's message, or with `reply_to` a reply that is to be written."""
+        status = Status.COMPLETE if reply_to is None else Status.STREAMING
+        sql = f"""INSERT INTO messages (chat_id, user_id, content, is_ai, timestamp, status,
+                  task_id, reply_to, client_msg_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+                  RETURNING {self.MESSAGE}"""
+        is_ai, facts = reply_to is not None, (status, task_id, reply_to, sent_as)
+        return self.message(self.one(sql, chat.id, chat.user_id, text, is_ai, now(), *facts))
+
+    def settle(self, message_id: int, content: str, status: Status, report: Report) -> Message:
+        """Store a reply's ending, once, and return the row."""
+        sql = """UPDATE messages SET content = ?, status = ?, finish_reason = ?, model = ?,
+                 prompt_tokens = ?, completion_tokens = ? WHERE id = ? AND status = 'streaming'"""
+        self.one(sql, content, status, *asdict(report).values(), message_id)
+        return self.stored(message_id)
+
+    def checkpoint(self, texts: list[tuple[str, int]]) -> None:
+        sql = "UPDATE messages SET content = ? WHERE id = ? AND status = 'streaming'"
+        self.connection.executemany(sql, texts)
+
+    def find_task(self, user: str | None, chat_id: int | None, task_id: str) -> Message:
+        """Return the reply that a task wrote; ChatError `task_not_found`, also for another's."""
+        sql = f"SELECT {self.MESSAGE}, user_id FROM messages WHERE task_id = ? AND is_ai"
+        row = self.one(sql, task_id)
+        if row is None or user not in {None, row[-1]} or chat_id not in {None, row[1]}:
+            raise ChatError("task_not_found", "There is no such task.")
+        return self.message(row)
+
+    def read_history(self, user: str | None, chat_id: int, limit: int, before: int) -> Any:
+        """Return a chat and its `limit` newest messages before id `before`, oldest first."""
+        chat = self.own_chat(user, chat_id)
+        where = "WHERE chat_id = ? AND id < ? ORDER BY id DESC LIMIT ?"
+        rows = self.all(f"SELECT {self.MESSAGE} FROM messages {where}", chat_id, before, limit)
+        return chat, [self.message(row) for row in reversed(rows)]
+
+    def list_chats(self, user_id: str, at: str, last: int, limit: int) -> list[Chat]:
+        """Return `limit` of the user's chats after (`at`, `last`), newest activity first."""
+        sql = f"""SELECT {self.CHAT} FROM chats WHERE user_id = ? AND (updated_at, id) < (?, ?)
+                  ORDER BY updated_at DESC, id DESC LIMIT ?"""
+        return [Chat(*row) for row in self.all(sql, user_id, at, last, limit)]
+
+    def context(self, reply: Message, limit: int) -> list[Turn]:
+        """Return what the model gets to see for `reply`, oldest first.
+
+        The user message that it answers, always; before it the newest whole messages that fit
+        into `limit` characters with it: of each user message only the latest reply, no empty ones.
+        """
+        sql = """SELECT content, is_ai, reply_to FROM messages WHERE chat_id = ? AND id <= ?
+                 AND status <> 'streaming' ORDER BY id DESC"""
+        turns: list[Turn] = []
+        answered: set[int] = set()
+        with closing(self.connection.execute(sql, (reply.chat_id, reply.reply_to))) as rows:
+            for content, is_ai, reply_to in rows:
+                if not is_ai or reply_to not in answered:
+                    answered.add(reply_to)
+                    limit -= len(content)
+                    if turns and limit < 0:
+                        break
+                    if content:
+                        turns.append({"role": ("user", "assistant")[is_ai], "content": content})
+        return turns[::-1]
+
+    def search(self, user_id: str, words: str, limit: int) -> list[dict[str, Any]]:
+        """Return the user's messages that have all `words`, best first, each with a snippet."""
+        # Each word is a quoted string: nothing that people type is FTS5 syntax (NUL would end it).
+        quoted = " ".join(f'"{word}"' for word in re.sub('["\0]', " ", words).split()) or '""'
+        columns = self.MESSAGE.replace("content", "messages.content")
+        sql = f"""SELECT {columns}, snippet(search, 0, '', '', '…', 24)
+                  FROM search JOIN messages ON id = search.rowid
+                  WHERE search MATCH ? AND user_id = ? ORDER BY rank LIMIT ?"""
+        query = f"owner : u{user_id.encode().hex()} AND content : ({quoted})"
+        rows = self.all(sql, query, user_id, limit)
+        return [asdict(self.message(row)) | {"snippet": row[-1]} for row in rows]
 
 
-def prepare_reader(db: sqlite3.Connection) -> None:
-    db.execute("PRAGMA query_only = ON")
-    db.execute("PRAGMA wal_autocheckpoint = 0")
-
-
-# The operations: plain SQL, run in a transaction on the connection's thread.
-
-CHAT = ", ".join(each.name for each in fields(Chat))
-MESSAGE = ", ".join(each.name for each in fields(Message))
-
-
-def to_message(row: tuple[Any, ...]) -> Message:
-    values = list(row[:13])
-    values[3], values[5] = bool(row[3]), Status(row[5])
-    return Message(*values)
-
-
-def ping(db: sqlite3.Connection) -> None:
-    db.execute("SELECT name FROM sqlite_schema LIMIT 1").fetchall()
-
-
-def own_chat(db: sqlite3.Connection, user: str | None, chat_id: int) -> Chat:
-    """Return a chat of `user` (None: of anybody); ChatError `chat_not_found`."""
-    row = db.execute(f"SELECT {CHAT} FROM chats WHERE id = ?", (chat_id,)).fetchone()
-    if row is None or user not in {None, row[1]}:
-        raise ChatError("chat_not_found", "There is no such chat.")
-    return Chat(*row)
-
-
-def create_chat(db: sqlite3.Connection, user_id: str, title: str) -> Chat:
-    sql = "INSERT INTO chats (user_id, title, created_at, updated_at) VALUES (?, ?, ?, ?)"
-    at = now()
-    return Chat(*db.execute(f"{sql} RETURNING {CHAT}", (user_id, title, at, at)).fetchone())
-
-
-def save_chat(db: sqlite3.Connection, chat: Chat, title: str, at: str) -> Chat:
-    """Store title and time; an empty title becomes the first message's first line."""
-    sql = "SELECT content FROM messages WHERE chat_id = ? ORDER BY id LIMIT 1"
-    if not title and (first := db.execute(sql, (chat.id,)).fetchone()):
-        title = first[0].strip().splitlines()[0][:60].strip()
-    db.execute("UPDATE chats SET title = ?, updated_at = ? WHERE id = ?", (title, at, chat.id))
-    return replace(chat, title=title, updated_at=at)
-
-
-def rename_chat(db: sqlite3.Connection, user: str | None, chat_id: int, title: str) -> Chat:
-    return save_chat(db, own_chat(db, user, chat_id), title, now())
-
-
-def drop_chat(db: sqlite3.Connection, user: str | None, chat_id: int) -> Chat | None:
-    """Delete a chat and its messages, and return it; None while a reply is unended."""
-    chat = own_chat(db, user, chat_id)
-    if load(db, chat_id)[0]:
-        return None
-    db.execute("DELETE FROM messages WHERE chat_id = ?", (chat_id,))
-    db.execute("DELETE FROM chats WHERE id = ?", (chat_id,))
-    return chat
-
-
-def load(db: sqlite3.Connection, chat_id: int | None) -> tuple[int, int]:
-    """Return how many replies of a chat have not ended, and how many chats have any."""
-    sql = """SELECT count(*) FILTER (WHERE chat_id = ?), count(DISTINCT chat_id)
-             FROM messages WHERE status = 'streaming'"""
-    in_chat, chats = db.execute(sql, (chat_id,)).fetchone()
-    return in_chat, chats
-
-
-def accept(
-    db: sqlite3.Connection, user_id: str, action: SendMessage, task_id: str, admit: Admission
-) -> Accepted:
-    """Store a message and its empty reply, and their chat if there is none.
-
-    What was stored under the same client_msg_id comes back instead, whatever the limits say.
-    """
-    key = (user_id, action.client_msg_id)
-    sql = "SELECT message_id FROM sends WHERE user_id = ? AND client_msg_id = ?"
-    if sent := db.execute(sql, key).fetchone():
-        return Accepted(stored(db, sent[0]))
-    chat = own_chat(db, user_id, action.chat_id) if action.chat_id else None
-    admit(user_id, *load(db, action.chat_id))
-    chat = chat or create_chat(db, user_id, "")
-    message = insert(db, chat, action.content, task_id, client_msg_id=action.client_msg_id)
-    reply = insert(db, chat, "", task_id, reply_to=message.id)
-    if action.client_msg_id is not None:
-        db.execute("INSERT INTO sends VALUES (?, ?, ?)", (*key, message.id))
-    saved = save_chat(db, chat, chat.title, message.timestamp)
-    return Accepted(message, reply, saved if saved.title != chat.title else None)
-
-
-def accept_again(
-    db: sqlite3.Connection, user_id: str, chat_id: int, task_id: str, admit: Admission
-) -> Accepted:
-    """Store a further, still empty reply to a chat's last user message."""
-    chat = own_chat(db, user_id, chat_id)
-    sql = "SELECT id FROM messages WHERE chat_id = ? AND NOT is_ai ORDER BY id DESC LIMIT 1"
-    if (last := db.execute(sql, (chat_id,)).fetchone()) is None:
-        raise ChatError("not_running", "There is no message to answer anew.")
-    in_chat, chats = load(db, chat_id)
-    if in_chat:
-        raise ChatError("busy", "A reply of this chat is still being written.")
-    admit(user_id, in_chat, chats)
-    db.execute("UPDATE messages SET task_id = ? WHERE id = ?", (task_id, last[0]))
-    reply = insert(db, chat, "", task_id, reply_to=last[0])
-    save_chat(db, chat, chat.title, reply.timestamp)
-    return Accepted(stored(db, last[0]), reply)
-
-
-def stored(db: sqlite3.Connection, message_id: int) -> Message:
-    sql = f"SELECT {MESSAGE} FROM messages WHERE id = ?"
-    if (row := db.execute(sql, (message_id,)).fetchone()) is None:
-        raise ChatError("chat_not_found", "This message was sent; its chat has been deleted.")
-    return to_message(row)
-
-
-def insert(
-    db: sqlite3.Connection,
-    chat: Chat,
-    content: str,
-    task_id: str,
-    client_msg_id: str | None = None,
-    reply_to: int | None = None,
-) -> Message:
-    """Store a user's message, or with `reply_to` a reply that is to be written."""
-    status = Status.COMPLETE if reply_to is None else Status.STREAMING
-    sql = f"""INSERT INTO messages (chat_id, user_id, content, is_ai, timestamp, status, task_id,
-              reply_to, client_msg_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING {MESSAGE}"""
-    row = (chat.id, chat.user_id, content, reply_to is not None, now(), status, task_id, reply_to)
-    return to_message(db.execute(sql, (*row, client_msg_id)).fetchone())
-
-
-def settle(
-    db: sqlite3.Connection, message_id: int, content: str, status: Status, report: Report
-) -> Message:
-    """Store a reply's ending, once, and return the row."""
-    sql = """UPDATE messages SET content = ?, status = ?, finish_reason = ?, model = ?,
-             prompt_tokens = ?, completion_tokens = ? WHERE id = ? AND status = 'streaming'"""
-    facts = (report.finish_reason, report.model, report.prompt_tokens, report.completion_tokens)
-    db.execute(sql, (content, status, *facts, message_id))
-    return stored(db, message_id)
-
-
-def checkpoint(db: sqlite3.Connection, texts: list[tuple[str, int]]) -> None:
-    db.executemany("UPDATE messages SET content = ? WHERE id = ? AND status = 'streaming'", texts)
-
-
-def find_task(
-    db: sqlite3.Connection, user: str | None, chat_id: int | None, task_id: str
-) -> Message:
-    """Return the reply that a task wrote; ChatError `task_not_found`, also for another's."""
-    sql = f"SELECT {MESSAGE}, user_id FROM messages WHERE task_id = ? AND is_ai"
-    row = db.execute(sql, (task_id,)).fetchone()
-    if row is None or user not in {None, row[-1]} or chat_id not in {None, row[1]}:
-        raise ChatError("task_not_found", "There is no such task.")
-    return to_message(row)
-
-
-def read_history(
-    db: sqlite3.Connection, user: str | None, chat_id: int, limit: int, before: int
-) -> tuple[Chat, list[Message]]:
-    chat = own_chat(db, user, chat_id)
-    sql = f"SELECT {MESSAGE} FROM messages WHERE chat_id = ? AND id < ? ORDER BY id DESC LIMIT ?"
-    rows = db.execute(sql, (chat_id, before, limit)).fetchall()
-    return chat, [to_message(row) for row in reversed(rows)]
-
-
-def list_chats(db: sqlite3.Connection, user_id: str, at: str, last: int, limit: int) -> list[Chat]:
-    """Return `limit` of the user's chats that come after (`at`, `last`), newest activity first."""
-    sql = f"""SELECT {CHAT} FROM chats WHERE user_id = ? AND (updated_at, id) < (?, ?)
-              ORDER BY updated_at DESC, id DESC LIMIT ?"""
-    return [Chat(*row) for row in db.execute(sql, (user_id, at, last, limit)).fetchall()]
-
-
-def context(db: sqlite3.Connection, reply: Message, limit: int) -> list[Turn]:
-    """Return what the model gets to see for `reply`, oldest first.
-
-    The user message that it answers, always; before it the newest whole messages that fit into
-    `limit` characters with it: of each user message only the latest reply, no empty ones.
-    """
-    sql = """SELECT content, is_ai, reply_to FROM messages WHERE chat_id = ? AND id <= ?
-             AND status <> 'streaming' ORDER BY id DESC"""
-    turns: list[Turn] = []
-    answered: set[int] = set()
-    with contextlib.closing(db.execute(sql, (reply.chat_id, reply.reply_to))) as rows:
-        for content, is_ai, reply_to in rows:
-            if not is_ai or reply_to not in answered:
-                answered.add(reply_to)
-                limit -= len(content)
-                if turns and limit < 0:
-                    break
-                turns += [Turn("assistant" if is_ai else "user", content)] if content else []
-    return turns[::-1]
-
-
-def search(db: sqlite3.Connection, user_id: str, words: str, limit: int) -> list[dict[str, Any]]:
-    """Return the user's messages that have all `words`, best first, each with a snippet."""
-    # Each word is a quoted string: nothing that people type is FTS5 syntax (NUL would end it).
-    quoted = " ".join(f'"{word}"' for word in re.sub('["\0]', " ", words).split()) or '""'
-    columns = ", ".join(f"m.{each.name}" for each in fields(Message))
-    sql = f"""SELECT {columns}, snippet(search, 0, '', '', '…', 24)
-              FROM search JOIN messages AS m ON m.id = search.rowid
-              WHERE search MATCH ? AND m.user_id = ? ORDER BY rank LIMIT ?"""
-    query = f"owner : u{user_id.encode().hex()} AND content : ({quoted})"
-    rows = db.execute(sql, (query, user_id, limit)).fetchall()
-    return [asdict(to_message(row)) | {"snippet": row[-1]} for row in rows]
+Admit = Callable[[str, int, int], None]
 
 
 class OpenAIModel:
@@ -1603,7 +1529,7 @@ class OpenAIModel:
     makes several pydantic objects of every piece."""
 
     def __init__(self, settings: Settings, base_url: str | None, api_key: str, name: str) -> None:
-        self.name, self._key, self._asks_usage = name, api_key, True
+        self.name, self._key, self._asks_usage, self._pace = name, api_key, True, Pace()
         # Reading has no limit here: comments would reset it; `_answer` times the pieces. An
         # http_client of one's own comes without the SDK's limits, so they are set.
         timeout = httpx2.Timeout(None, connect=10.0)
@@ -1623,12 +1549,14 @@ class OpenAIModel:
         """
         opened = False
         try:
-            async with contextlib.AsyncExitStack() as stack:
+            async with AsyncExitStack() as stack:
                 response = await self._open(stack, turns)
                 opened = True
                 chunks = aclosing(response.http_response.aiter_bytes())
                 pieces = aclosing(read_pieces(await stack.enter_async_context(chunks), report))
+                stack.enter_context(self._pace.stream())
                 async for read in await stack.enter_async_context(pieces):
+                    self._pace.rest(socket_of(response))
                     yield read
         except (
             ModelError,
@@ -1642,11 +1570,12 @@ class OpenAIModel:
         if report.finish_reason is None:
             raise ModelError("model_incomplete", "the stream ended without a finish_reason")
 
-    async def _open(self, stack: contextlib.AsyncExitStack, turns: list[Turn]) -> Any:
+    async def _open(self, stack: AsyncExitStack, turns: list[Turn]) -> Any:
         """Return the response to a request; without `stream_options` where they are refused."""
         create = self._client.chat.completions.with_streaming_response.create
-        messages: Any = [turn._asdict() for turn in turns]
-        request = partial(create, model=self.name, messages=messages, stream=True)
+        # As `messages` each turn would cost the SDK 0.14 ms of checks, on the event loop.
+        body = {"messages": turns}
+        request = partial(create, model=self.name, messages=[], extra_body=body, stream=True)
         if self._asks_usage:
             try:
                 usage: Any = {"include_usage": True}
@@ -1658,18 +1587,64 @@ class OpenAIModel:
         return await stack.enter_async_context(request())
 
 
+class Pace:
+    """Reads each stream the less often the more there are.
+
+    While a stream's socket rests the kernel keeps what arrives. The next read brings several
+    tokens, and every layer above the socket is paid once for them.
+    """
+
+    def __init__(self) -> None:
+        self.streams = 0
+        self._resting: dict[float, list[asyncio.Transport]] = {}  # by the time of their next read
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        self.streams += 1
+        try:
+            yield
+        finally:
+            self.streams -= 1
+
+    def rest(self, transport: asyncio.Transport | None) -> None:
+        if self.streams > FEW_STREAMS and transport is not None:
+            transport.pause_reading()
+            loop = asyncio.get_running_loop()
+            pause = min(self.streams * PAUSE_PER_STREAM, MAX_PAUSE)
+            at = int((loop.time() + pause) / PAUSE_STEP + 1) * PAUSE_STEP
+            if at not in self._resting:
+                self._resting[at] = []
+                loop.call_at(at, self._wake, at)
+            self._resting[at].append(transport)
+
+    def _wake(self, at: float) -> None:
+        for transport in self._resting.pop(at):
+            if not transport.is_closing():
+                transport.resume_reading()
+
+
+def socket_of(response: Any) -> asyncio.Transport | None:
+    """Return the transport under httpx2's and aiohttp's layers, which have no way to ask for it.
+
+    None once the response is read to its end, or where a version has other layers: such
+    streams never rest, which costs CPU and nothing else.
+    """
+    layer = getattr(response.http_response.stream, "_stream", None)
+    connection = getattr(getattr(layer, "_aiohttp_response", None), "connection", None)
+    return connection and connection.transport
+
+
 def model_code(error: Exception, *, opened: bool) -> str:
     """Return PROTOCOL.md's code for what the client raised, before or after a response began."""
+    if isinstance(error, ModelError):
+        return error.code
+    if isinstance(error, openai.APIStatusError):
+        codes = {401: "model_auth", 403: "model_auth", 429: "model_rate_limited"}
+        return codes.get(error.status_code, "model_error")
+    # Over aiohttp, refused connections come as timeouts as well: what caused it tells.
     cause = error.__cause__ and (error.__cause__.__cause__ or error.__cause__)
-    match error:
-        case ModelError():
-            return error.code
-        case openai.AuthenticationError() | openai.PermissionDeniedError():
-            return "model_auth"
-        case openai.RateLimitError():
-            return "model_rate_limited"
-        case openai.APITimeoutError() if isinstance(cause, TimeoutError):
-            return "model_timeout"  # over aiohttp, refused connections come as timeouts as well
+    if isinstance(error, openai.APITimeoutError) and isinstance(cause, TimeoutError):
+        return "model_timeout"
     return "model_incomplete" if opened else "model_error"
 
 
@@ -1714,7 +1689,7 @@ def read_chunk(data: bytes, report: Report) -> str:
             chunk = json.loads(data)  # slower, and lets half a surrogate pair through
         if error := chunk.get("error"):
             raise ModelError("model_error", f"an error in the stream: {str(error)[:500]}")
-        report.model = clean(chunk.get("model")) or report.model
+        report.model = report.model or clean(chunk.get("model")) or None
         if usage := chunk.get("usage"):
             report.prompt_tokens = whole(usage.get("prompt_tokens"))
             report.completion_tokens = whole(usage.get("completion_tokens"))
@@ -1742,12 +1717,12 @@ def whole(number: Any) -> int | None:
 async def demo_model(turns: list[Turn], report: Report) -> Pieces:
     """Answer word by word without any model or network, and say so."""
     report.model = "demo"
-    text = f"""This is the demo model: no language model is connected, so nobody has understood your \
-{len(turns[-1].content)} characters. It streams word by word, like a real one. Stop it, reload the \
-page, open a second tab: the reply goes on, and nothing is lost.
+    text = f"""This is the demo model: no language model is connected, so nobody has understood \
+your {len(turns[-1]["content"])} characters. It streams word by word, like a real one. Stop it, \
+reload the page, open a second tab: the reply goes on, and nothing is lost.
 
-To talk to a real model, set `OPENAI_API_KEY`, or `OPENAI_BASE_URL` for any compatible server, and \
-start the service again:
+To talk to a real model, set `OPENAI_API_KEY`, or `OPENAI_BASE_URL` for any compatible server, \
+and start the service again:
 
 ```sh
 OPENAI_API_KEY=... uv run chat_app.py
@@ -1762,7 +1737,7 @@ OPENAI_API_KEY=... uv run chat_app.py
 @asynccontextmanager
 async def open_model(settings: Settings) -> AsyncIterator[tuple[str, Model]]:
     """Yield the configured model, the `local` extra's, or the demo; before it its name."""
-    async with contextlib.AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack:
         name, url, secret = settings.model_name, settings.openai_base_url, settings.openai_api_key
         key = secret.get_secret_value() if secret else "none"
         if url is None and secret is None:
@@ -1801,8 +1776,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = prometheus.CollectorRegistry()
+        gauge = partial(prometheus.Gauge, registry=self.registry)
         counter = partial(prometheus.Counter, registry=self.registry)
         times = partial(prometheus.Histogram, registry=self.registry)
+        self.connections = gauge("chat_connections", "Open WebSockets")
+        self.running = gauge("chat_replies_running", "Replies being written")
+        self.waiting = gauge("chat_replies_waiting", "Replies waiting for their turn")
         self.replies = counter("chat_replies", "Replies that ended, by status", ["status"])
         self.aborts = counter("chat_aborts", "Replies that somebody stopped")
         self.tokens = counter("chat_tokens", "Pieces that the model has sent, of ended replies")
@@ -1810,18 +1789,16 @@ class Metrics:
         self.operations = counter("chat_operations", "Operations in those transactions")
         self.dropped = counter("chat_dropped_readers", "Connections that did not read")
         self.first_token = times("chat_first_token_seconds", "From a message to its first piece")
-        buckets = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
-        self.duration = times("chat_reply_seconds", "From a message to its end", buckets=buckets)
+        slow = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+        self.duration = times("chat_reply_seconds", "From a message to its end", buckets=slow)
         fast = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5)
         self.latency = times("chat_commit_seconds", "Duration of a transaction", buckets=fast)
 
-    def watch(self, chats: Chats) -> None:
-        gauge = partial(prometheus.Gauge, registry=self.registry)
-        running, waiting = "Replies being written", "Replies waiting for their turn"
-        gauge("chat_connections", "Open WebSockets").set_function(lambda: chats.rooms.count)
-        gauge("chat_replies_running", running).set_function(lambda: len(chats.lines))
-        in_line = lambda: len(chats.running) - len(chats.lines)
-        gauge("chat_replies_waiting", waiting).set_function(in_line)
+    def show(self, chats: Chats) -> bytes:
+        self.connections.set(chats.rooms.count)
+        self.running.set(len(chats.lines))
+        self.waiting.set(len(chats.running) - len(chats.lines))
+        return prometheus.generate_latest(self.registry)
 
     def ended(self, reply: Reply, row: Message) -> None:
         self.replies.labels(row.status).inc()
@@ -1840,39 +1817,34 @@ def event(name: str, level: int = logging.INFO, **facts: Any) -> None:
     log.log(level, name, extra={"facts": facts})
 
 
-class LineHandler(logging.Handler):
-    """Writes lines to stderr, and drops them where nobody takes them: a full pipe must not stop
-    the service."""
+class EventLog(logging.Handler):
+    """One line per event on stderr: text for people, with LOG_FORMAT=json for machines.
 
-    def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record).encode("utf-8", "replace") + b"\n"
-        for start in range(0, len(line), 512):  # a writable pipe takes that much (POSIX)
-            if os.name == "nt" or select.select([], [2], [], 0)[1]:
-                os.write(2, line[start : start + 512])
-
-
-class EventFormatter(logging.Formatter):
-    """One line per event: text for people, with LOG_FORMAT=json an object for machines."""
+    Lines that nobody takes are dropped: a full pipe must not stop the service.
+    """
 
     def __init__(self, log_format: str) -> None:
         super().__init__()
         self._json = log_format == "json"
 
-    def format(self, record: logging.LogRecord) -> str:
+    def emit(self, record: logging.LogRecord) -> None:
         facts = {k: v for k, v in getattr(record, "facts", {}).items() if v is not None}
-        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
         head = {"time": now(), "level": record.levelname, "event": record.getMessage()}
         if self._json:
-            return to_json(head | facts | ({"traceback": trace} if trace else {})).decode()
-        pairs = [f"{name}={to_json(fact).decode()}" for name, fact in facts.items()]
-        return " ".join([*head.values(), *pairs]) + (f"\n{trace}" if trace else "")
+            text = to_json(head | facts | ({"traceback": trace} if trace else {})).decode()
+        else:
+            pairs = [f"{name}={to_json(fact).decode()}" for name, fact in facts.items()]
+            text = " ".join([*head.values(), *pairs]) + (f"\n{trace}" if trace else "")
+        line = f"{text}\n".encode("utf-8", "replace")
+        for start in range(0, len(line), 512):  # a writable pipe takes that much (POSIX)
+            if os.name == "nt" or select.select([], [2], [], 0)[1]:
+                os.write(2, line[start : start + 512])
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Log our events from LOG_LEVEL up, and others' warnings, to stderr."""
-    handler = LineHandler()
-    handler.setFormatter(EventFormatter(settings.log_format))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    """Log our events from LOG_LEVEL up, and others' warnings."""
+    logging.basicConfig(handlers=[EventLog(settings.log_format)], level="WARNING", force=True)
     log.setLevel(settings.log_level)
     # Not worth a traceback: a client's broken UTF-8 (it is closed with 1007), and a start that
     # failed for a reason that is told in one sentence.
@@ -1894,7 +1866,7 @@ def static(text: str, media: str, policy: str = "default-src 'none'") -> Handler
         "Cache-Control": "no-cache",
     }
 
-    async def handler(_request: Request, _chats: Chats, _user: str | None) -> Response:
+    async def handler(_request: Request, _user: str | None) -> Response:
         return Response(text, headers=headers, media_type=media)
 
     return handler
@@ -1921,55 +1893,58 @@ class AnyConvertor(PathConvertor):
     regex = "(?s:.*)"
 
 
-def routes() -> list[Route | WebSocketRoute]:
+def routes(api: Endpoints) -> list[Route | WebSocketRoute]:
     """Return every path of PROTOCOL.md."""
     register_url_convertor("any", AnyConvertor())
     document = to_json(yaml.safe_load((HERE / "openapi.yaml").read_text("utf-8"))).decode()
     looks = f"style-src 'unsafe-inline' {CDN}; img-src data: https:; font-src data:"
     docs = (f"script-src HASHES {CDN}; worker-src blob:", looks)
+    own = "script-src HASHES; style-src HASHES; img-src data:"
+    chat = "/api/chats/{chat_id}"
     return [
-        WebSocketRoute("/ws/{user_id:any}", chat_socket),
-        route("/api/chats", POST=post_chat),
-        route("/api/chats/{chat_id}", GET=get_chat, PATCH=patch_chat, DELETE=delete_chat),
-        route("/api/chats/{chat_id}/abort", POST=post_abort),
-        route("/api/chats/{chat_id}/messages", POST=post_message),
-        route("/api/chats/{chat_id}/regenerate", POST=post_regenerate),
-        route("/api/users/{user_id:any}/chats", GET=get_chats),
-        route("/api/users/{user_id:any}/search", GET=get_search),
-        route("/health", GET=get_health),
-        route("/metrics", GET=get_metrics),
-        route("/openapi.json", GET=static(document, "application/json")),
-        route("/docs", GET=page("docs/swagger.html", *docs)),
-        route("/redoc", GET=page("docs/redoc.html", *docs)),
-        route("/", GET=page("chat.html", "script-src HASHES; style-src HASHES; img-src data:")),
+        WebSocketRoute("/ws/{user_id:any}", api.socket),
+        api.route("/api/chats", POST=api.post_chat),
+        api.route(chat, GET=api.get_chat, PATCH=api.patch_chat, DELETE=api.delete_chat),
+        api.route(f"{chat}/abort", POST=api.post_abort),
+        api.route(f"{chat}/messages", POST=api.post_message),
+        api.route(f"{chat}/regenerate", POST=api.post_regenerate),
+        api.route("/api/users/{user_id:any}/chats", GET=api.get_chats),
+        api.route("/api/users/{user_id:any}/search", GET=api.get_search),
+        api.route("/health", GET=api.get_health),
+        api.route("/metrics", GET=api.get_metrics),
+        api.route("/openapi.json", GET=static(document, "application/json")),
+        api.route("/docs", GET=page("docs/swagger.html", *docs)),
+        api.route("/redoc", GET=page("docs/redoc.html", *docs)),
+        api.route("/", GET=page("chat.html", own)),
     ]
 
 
 def create_app(settings: Settings) -> Starlette:
     """Return the service as an ASGI application; its lifespan opens and closes all it needs."""
+    api = Endpoints(settings)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         metrics = Metrics()
-        async with contextlib.AsyncExitStack() as stack:
+        async with AsyncExitStack() as stack:
             try:
                 store = await stack.enter_async_context(Store.open(settings.database, metrics))
                 model = await stack.enter_async_context(open_model(settings))
             except StartError as error:
                 app.state.start_error = error
                 raise
-            chats = app.state.chats = Chats(settings, store, metrics, *model)
+            chats = api.chats = app.state.chats = Chats(settings, store, metrics, *model)
             checkpoints = asyncio.create_task(chats.checkpoint_forever())
             yield
             await chats.drain()  # done already, where our Server runs the application
             checkpoints.cancel()
 
+    methods, headers = ["GET", "POST", "PATCH", "DELETE"], ["Authorization", "Content-Type"]
+    shown = ["Link", "Location", "Retry-After"]
+    cors = Middleware(ListedOrigins, settings.origins, methods, headers, expose_headers=shown)
     known = (ChatError, HTTPException, sqlite3.Error, ClientDisconnect)
-    guard = Middleware(OriginGuard, settings=settings)
-    handlers = dict.fromkeys(known, on_error)
-    app = Starlette(
-        routes=routes(), lifespan=lifespan, middleware=[guard], exception_handlers=handlers
-    )
+    errors = dict.fromkeys(known, on_error)
+    app = Starlette(False, routes(api), [cors], errors, lifespan)
     app.router.redirect_slashes = False
     app.state.start_error = None
     return app
