@@ -35,8 +35,6 @@ What is measured, and what holds:
 """
 
 # ruff: noqa: PLC0415 - a baseline's packages are imported where it runs, not by the clients
-# ruff: noqa: PLR2004 - 126, 127 and 65536 are RFC 6455's
-# ruff: noqa: PLR0913, PLR0917 - a measurement has many parameters
 # ruff: noqa: S311, S603 - random phases are no secrets, commands come from the command line
 
 from __future__ import annotations

@@ -1068,7 +1068,7 @@ class Chats:
                 await asyncio.wait([reply.settled for reply in late], timeout=seconds)
             late = list(self.running.values())
         deadline = time.monotonic() + FLUSH_SECONDS  # for the endings to be sent; some may stall
-        while self.rooms.unsent and time.monotonic() < deadline:
+        while self.rooms.unsent and time.monotonic() < deadline:  # noqa: ASYNC110 - not worth one
             await asyncio.sleep(0.01)
 
 
@@ -1251,8 +1251,8 @@ class Store:
     async def _run(self, connection: aiosqlite.Connection, call: Callable[[Database], T]) -> T:
         """Run a whole operation for one hop to the connection's thread and back; aiosqlite's
         own methods are one statement a hop."""
-        database = Database(connection._conn)
-        result: T = await connection._execute(call, database)  # type: ignore[no-untyped-call]
+        database = Database(connection._conn)  # noqa: SLF001 - there is no public way to do so
+        result: T = await connection._execute(call, database)  # type: ignore[no-untyped-call] # noqa: SLF001
         return result
 
     async def _write_forever(self, metrics: Metrics) -> None:
@@ -1352,7 +1352,7 @@ class Database:
                 except ChatError as error:
                     outcomes.append(error)
             self.one("COMMIT")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, its sender is told
             began = self.connection.in_transaction or bool(outcomes)
             if self.connection.in_transaction:  # a full disk may have rolled it back already
                 self.one("ROLLBACK")
