@@ -304,6 +304,7 @@ def now() -> str:
 
 # --- 3. Presentation, wire: text to types and back. Pure. ---
 
+UUID = "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
 json_string = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -429,8 +430,9 @@ def frame(kind: str, **content: Any) -> str:
 def refusal(error: ChatError, data: dict[str, Any]) -> str:
     """Return the `error` frame that refuses what `data` asked for, with its ids where known."""
     code = error.code.replace("invalid_json", "invalid_frame")
-    known = {name: data.get(name) for name in ("task_id", "client_msg_id")}
-    ids: dict[str, Any] = {k: v for k, v in known.items() if isinstance(v, str) and len(v) <= 64}
+    forms = {"task_id": UUID, "client_msg_id": "(?s:.{1,64})"}
+    known = {name: form for name, form in forms.items() if isinstance(data.get(name), str)}
+    ids = {name: data[name] for name, form in known.items() if re.fullmatch(form, data[name])}
     if type(chat_id := data.get("chat_id")) is int and 1 <= chat_id <= MAX_ID:
         ids["chat_id"] = chat_id
     retry = {"retry_after": error.retry_after} if error.retry_after else {}
@@ -492,8 +494,9 @@ async def on_error(request: Request, error: Exception) -> Response:
         return problem(ChatError(code, error.detail), **error.headers or {})
     if isinstance(error, ClientDisconnect):
         return Response(status_code=400)  # nobody is there to read it
-    event("the database failed", logging.ERROR, path=request.url.path, why=str(error))
-    return problem(ChatError("internal", "The database does not answer."))
+    fault = "the database" if isinstance(error, sqlite3.Error) else "the service"
+    event(f"{fault} failed", logging.ERROR, path=request.url.path, why=repr(error))
+    return problem(ChatError("internal", FAULTS["internal"]))
 
 
 def path_id(request: Request) -> int:
@@ -611,8 +614,10 @@ class Endpoints:
                         await self.chats.regenerate(user, chat_id)
             except ChatError as error:
                 connection.push(refusal(error, data))
-            except Exception:
-                log.exception("a frame failed", extra={"facts": {"user": user}})
+            except Exception as error:
+                trace = None if isinstance(error, sqlite3.Error) else error
+                facts = {"user": user, "why": str(error)}
+                log.error("a frame failed", exc_info=trace, extra={"facts": facts})
                 connection.push(refusal(ChatError("internal", FAULTS["internal"]), data))
 
     # HTTP
@@ -886,7 +891,7 @@ class Chats:
             if task is not None:
                 await self.store.read(Database.find_task, user, chat_id, task.lower())
             raise ChatError("not_running", "There is nothing to stop: it has ended.")
-        for reply in reversed(replies):  # the waiting ones first, so that none gets its turn
+        for reply in replies:
             self._stop(reply, Status.ABORTED)
         return replies
 
@@ -928,7 +933,7 @@ class Chats:
         while deleted is None:  # a message may arrive between the stop and the delete
             await self.store.read(Database.own_chat, user, chat_id)
             replies = list(self.lines.get(chat_id, ()))
-            for reply in reversed(replies):
+            for reply in replies:
                 self._stop(reply, Status.ABORTED)
             await self.ended(replies)
             deleted = await self.store.write(announce, Database.drop_chat, user, chat_id)
@@ -1228,9 +1233,11 @@ class Store:
                 await store._run(writer, Database.prepare)
                 await store._run(reader, Database.prepare_reader)
                 task = asyncio.create_task(store._write_forever(metrics))
-                yield store
-                store._queue.put_nowait(None)
-                await task
+                try:
+                    yield store
+                finally:
+                    store._queue.put_nowait(None)
+                    await task
 
     async def read(self, query: Callable[..., T], *facts: Any) -> T:
         """Return `query(database, *facts)`; its ChatError, or sqlite3.Error."""
@@ -1318,12 +1325,12 @@ class Database:
     def prepare(self) -> None:
         """Set up the write connection, create the tables once, end what a crash left running."""
         try:
-            self.one("PRAGMA journal_mode = WAL")
-            self.one("PRAGMA synchronous = FULL")  # promise 1: a commit is on the disk
-            self.one("PRAGMA foreign_keys = ON")
             (version,) = self.one("PRAGMA user_version")
             if version > SCHEMA_VERSION:
                 raise StartError("DATABASE_URL: the database is of a newer version of the service")
+            self.one("PRAGMA journal_mode = WAL")
+            self.one("PRAGMA synchronous = FULL")  # promise 1: a commit is on the disk
+            self.one("PRAGMA foreign_keys = ON")
             if version == 0:
                 schema = (HERE / "schema.sql").read_text("utf-8")
                 self.connection.executescript(f"BEGIN IMMEDIATE;{schema}COMMIT;")
@@ -1854,6 +1861,7 @@ def set_up_logging(settings: Settings) -> None:
 
 # --- 7. Composition: the parts put together, and the process around them. ---
 
+HEAD_SECONDS = 10
 CDN = "https://cdn.jsdelivr.net/npm/"  # the docs' scripts: npm packages, held by their hashes
 
 
@@ -1942,7 +1950,7 @@ def create_app(settings: Settings) -> Starlette:
     methods, headers = ["GET", "POST", "PATCH", "DELETE"], ["Authorization", "Content-Type"]
     shown = ["Link", "Location", "Retry-After"]
     cors = Middleware(ListedOrigins, settings.origins, methods, headers, expose_headers=shown)
-    known = (ChatError, HTTPException, sqlite3.Error, ClientDisconnect)
+    known = (ChatError, HTTPException, sqlite3.Error, ClientDisconnect, Exception)
     errors = dict.fromkeys(known, on_error)
     app = Starlette(False, routes(api), [cors], errors, lifespan)
     app.router.redirect_slashes = False
@@ -1955,7 +1963,17 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, app: Starlette) -> None:
         super().__init__(config)
-        self.app = app
+        self.app, self._silent = app, set[Any]()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Close connections that have not sent the head of a request in two looks at them."""
+        if counter % (10 * HEAD_SECONDS) == 0:
+            open_now = self.server_state.connections
+            silent = {each for each in open_now if getattr(each, "cycle", each) is None}
+            for connection in silent & self._silent:
+                connection.transport.close()
+            self._silent = silent
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -2051,7 +2069,8 @@ def main(arguments: list[str]) -> int:
             case _:
                 raise StartError("usage: chat_app.py [token USER]")
     except (StartError, ValueError) as error:
-        print(f"chat_app: {error}", file=sys.stderr)
+        about = "" if isinstance(error, StartError) else "USER: "
+        print(f"chat_app: {about}{error}", file=sys.stderr)
         return 2
     return 0
 
