@@ -785,7 +785,7 @@ Handler = Callable[[Request, str | None], Awaitable[Response]]
 
 # --- 5. Application: what happens, in order. No SQL, no sockets, no SDK. ---
 
-CHECKPOINT_SECONDS = 0.3  # promise 6: a second's text may be lost, also on a busy machine
+CHECKPOINT_SECONDS = 0.4  # promise 6: a second's text may be lost, also on a busy machine
 AFTER_FINISH_SECONDS = 1.0  # for usage and the end of a stream that has said it is finished
 SETTLE_SECONDS = 3.0  # at shutdown, for the last endings to be stored
 STORE_RETRY_SECONDS = 1.0  # an ending that could not be stored is tried again
@@ -1052,7 +1052,7 @@ class Chats:
         while True:
             await asyncio.sleep(CHECKPOINT_SECONDS)
             grown = {r: len(r.pieces) for r in self.running.values() if len(r.pieces) > r.saved}
-            texts = [(reply.text, reply.row.id) for reply in grown]
+            texts = [("".join(reply.pieces[reply.saved :]), reply.row.id) for reply in grown]
             try:
                 if texts:
                     await self.store.write(None, Database.checkpoint, texts)
@@ -1472,7 +1472,8 @@ class Database:
         return self.stored(message_id)
 
     def checkpoint(self, texts: list[tuple[str, int]]) -> None:
-        sql = "UPDATE messages SET content = ? WHERE id = ? AND status = 'streaming'"
+        """Append to replies what has come since the last checkpoint."""
+        sql = "UPDATE messages SET content = content || ? WHERE id = ? AND status = 'streaming'"
         self.connection.executemany(sql, texts)
 
     def find_task(self, user: str | None, chat_id: int | None, task_id: str) -> Message:
