@@ -135,6 +135,7 @@ class Upstream:
         self.exchanges: list[Exchange] = []
         self.url = ""
         self._arrived = asyncio.Condition()
+        self._serving: set[asyncio.Task[None]] = set()
 
     async def otherwise(self, exchange: Exchange) -> None:
         await exchange.answer("Hello", ", ", "world")
@@ -150,20 +151,39 @@ class Upstream:
         return self.exchanges[number]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            length = int(head.lower().partition("content-length:")[2].split("\r\n")[0] or 0)
-            body = json.loads(await reader.readexactly(length) or b"null")
-            exchange = Exchange(reader, writer, head, body)
-            watch = asyncio.create_task(self._watch(exchange))
-            async with self._arrived:
-                self.exchanges.append(exchange)
-                self._arrived.notify_all()
-            try:
-                await (self.scripts.pop(0) if self.scripts else self.otherwise)(exchange)
-            finally:
-                watch.cancel()
-        writer.close()
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        try:
+            await self._exchange(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # the service, or the test, has had enough
+        finally:
+            writer.close()
+            self._serving.discard(task)
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        length = int(head.lower().partition("content-length:")[2].split("\r\n")[0] or 0)
+        body = json.loads(await reader.readexactly(length) or b"null")
+        exchange = Exchange(reader, writer, head, body)
+        watch = asyncio.create_task(self._watch(exchange))
+        async with self._arrived:
+            self.exchanges.append(exchange)
+            self._arrived.notify_all()
+        try:
+            await (self.scripts.pop(0) if self.scripts else self.otherwise)(exchange)
+        finally:
+            watch.cancel()
+
+    async def stop(self) -> None:
+        """End all exchanges and close their connections before the event loop ends."""
+        await asyncio.sleep(0.01)  # a connection that was accepted just now gets its task
+        serving = list(self._serving)
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+        await asyncio.sleep(0.01)  # a closed transport closes its socket in the next turn
 
     async def _watch(self, exchange: Exchange) -> None:
         with contextlib.suppress(ConnectionError):
@@ -357,7 +377,7 @@ async def upstream() -> AsyncIterator[Upstream]:
         model.url = f"http://{host}:{port}/v1"
         yield model
         server.close()
-        await asyncio.sleep(0.01)  # a connection accepted just now is taken, and so closed
+        await model.stop()
 
 
 @pytest.fixture
