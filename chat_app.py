@@ -1260,9 +1260,8 @@ class Store:
     async def _run(self, connection: aiosqlite.Connection, call: Callable[[Database], T]) -> T:
         """Run a whole operation for one hop to the connection's thread and back; aiosqlite's
         own methods are one statement a hop."""
-        database = Database(connection._conn)  # noqa: SLF001 - there is no public way to do so
-        result: T = await connection._execute(call, database)  # type: ignore[no-untyped-call] # noqa: SLF001
-        return result
+        run: Callable[..., Awaitable[T]] = connection._execute  # noqa: SLF001 - no public way
+        return await run(call, Database(connection._conn))  # noqa: SLF001
 
     async def _write_forever(self, metrics: Metrics) -> None:
         """Commit what is queued, as much as there is at once, until None. Never cancelled."""
