@@ -300,7 +300,7 @@ class Service(Peer):
     def __init__(self, settings: Settings) -> None:
         self.server, self._listener = chat_app.make_server(settings)
         self.address = self.server.app.state.address
-        self.database = settings.database
+        self.database = Path(settings.database_url.partition(":///")[2])
         self._thread = threading.Thread(target=self.server.run, args=([self._listener],))
 
     async def __aenter__(self) -> Self:
