@@ -1044,18 +1044,21 @@ class Connection:
     bigger `token` frames. A reader that lets whole frames pile up is closed with 1013.
     """
 
-    closing: tuple[int, str] | None = None
+    closing: tuple[int, str] | None = None  # code and reason, once all in the outbox is sent
     sending = False
 
     def __init__(self, settings: Settings) -> None:
-        self.outbox: deque[str | Reply] = deque()
+        self.outbox: dict[object, str] = {}  # frames, in order; a reply is the key of its next one
         # Characters. Well above the largest frame, or a long reply's ending would drop its reader.
         self._room = 8 * (settings.max_reply_chars + settings.max_message_chars) + 2**20
-        self._growing: set[Reply] = set()
         self._waiting: asyncio.Future[None] | None = None
 
-    def _put(self, *items: str | Reply) -> None:
-        self.outbox.extend(items)
+    def _put(self, key: object, text: str) -> None:
+        if self.closing is None:
+            self.outbox.setdefault(key, text)
+            self._wake()
+
+    def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
@@ -1065,15 +1068,12 @@ class Connection:
             self.outbox.clear()
             self.sending = True  # it counts as dropped
             self.close(1013, "too slow")
-        if self.closing is None:
-            self._put(text)
+        self._put(object(), text)
 
     def grow(self, reply: Reply) -> None:
         """Note that `reply` has pieces for this reader; what they are is looked up when sent."""
-        fresh = reply not in self._growing and reply.cursors.get(self, 0) < len(reply.pieces)
-        if fresh and self.closing is None:
-            self._growing.add(reply)
-            self._put(reply)
+        if reply.cursors.get(self, 0) < len(reply.pieces):
+            self._put(reply, "")
 
     def sync(self, reply: Reply) -> None:
         """Send the whole text so far; tokens go on from there."""
@@ -1081,9 +1081,8 @@ class Connection:
         self.push(frame("sync", **reply.row.ids, content=reply.text, seq=len(reply.pieces)))
 
     def close(self, code: int, reason: str) -> None:
-        """Close once all that is in the outbox is sent."""
         self.closing = self.closing or (code, reason)
-        self._put()
+        self._wake()
 
     async def get(self) -> str | None:
         """Return the next frame, waiting for one; None when the connection is to be closed."""
@@ -1092,13 +1091,12 @@ class Connection:
                 return None
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
-        item = self.outbox.popleft()
-        if isinstance(item, str):
-            self._room += len(item)
-            return item
-        self._growing.discard(item)
-        cursor, item.cursors[self] = item.cursors.get(self, 0), len(item.pieces)
-        return item.token_frame(cursor)
+        text = self.outbox.pop(key := next(iter(self.outbox)))
+        if isinstance(key, Reply):
+            cursor, key.cursors[self] = key.cursors.get(self, 0), len(key.pieces)
+            return key.token_frame(cursor)
+        self._room += len(text)
+        return text
 
 
 class Rooms:
@@ -1299,26 +1297,25 @@ class Database:
     def commit(self, batch: list[Write]) -> list[Any]:
         """Run `batch` in one transaction; return each operation's result or exception.
 
-        Only what fails is undone; all of it if there can be no transaction (locked, disk full).
+        If that fails, the operations run one by one, so that only the bad one fails. If it can't
+        even begin (locked, read-only), all fail: each of them would wait as long again.
         """
         outcomes: list[Any] = []
         try:
             self.one("BEGIN IMMEDIATE")
             for write in batch:
-                self.one("SAVEPOINT operation")
                 try:
                     outcomes.append(write.operation(self))
-                except Exception as error:
-                    if not self.connection.in_transaction:
-                        raise  # a full disk has rolled all of it back
-                    self.one("ROLLBACK TO operation")
+                except ChatError as error:
                     outcomes.append(error)
-                self.one("RELEASE operation")
             self.one("COMMIT")
-        except sqlite3.Error as error:
-            if self.connection.in_transaction:
+        except Exception as error:  # noqa: BLE001 - whatever it is, its sender is told
+            began = self.connection.in_transaction or bool(outcomes)
+            if self.connection.in_transaction:  # a full disk may have rolled it back already
                 self.one("ROLLBACK")
-            return [error] * len(batch)
+            if len(batch) == 1 or not began:
+                return [error] * len(batch)
+            return [outcome for write in batch for outcome in self.commit([write])]
         return outcomes
 
     def ping(self) -> None:
@@ -1369,14 +1366,17 @@ class Database:
 
         What was stored under the same client_msg_id comes back instead, whatever the limits say.
         """
+        key = (user_id, action.client_msg_id)
         sql = "SELECT message_id FROM sends WHERE user_id = ? AND client_msg_id = ?"
-        if sent := self.one(sql, user_id, action.client_msg_id):
+        if sent := self.one(sql, *key):
             return Accepted(self.stored(sent[0]))
         chat = self.own_chat(user_id, action.chat_id) if action.chat_id else None
         admit(user_id, *self.load(action.chat_id))
         chat = chat or self.create_chat(user_id, "")
         message = self.insert(chat, action.content, task_id, None, action.client_msg_id)
         reply = self.insert(chat, "", task_id, message.id)
+        if action.client_msg_id is not None:
+            self.one("INSERT INTO sends VALUES (?, ?, ?)", *key, message.id)
         saved = self.save_chat(chat, chat.title, message.timestamp)
         return Accepted(message, reply, saved if saved.title != chat.title else None)
 
@@ -1616,8 +1616,11 @@ class ChunkStream:
                 plain = self.PLAIN.fullmatch(line, len(before), len(line) - len(after))
                 if plain and line.startswith(before) and line.endswith(after) and not self._held:
                     pieces.append(plain[0].decode())
-                elif line.startswith(b"data:") and not self.done:
+                elif line.startswith(b"data:"):
                     pieces += self._parse(line)
+                if self.done:
+                    self._rest = b""
+                    break
             if len(self._rest) > MAX_LINE_BYTES:
                 raise ModelError("model_error", "a line of the stream is too long")
         except (ModelError, UnicodeDecodeError) as error:
@@ -1632,10 +1635,9 @@ class ChunkStream:
             self.done = True
             return []
         text = read_chunk(data, self.report)
-        if (key := self.CONTENT.search(line)) and line.count(b'"content"') == 1:
-            start, end = key.end(), key.end() + len(text.encode(errors="replace"))
-            if line[start:end] == text.encode(errors="replace") and line[end : end + 1] == b'"':
-                self._before, self._after = line[:start], line[end:]
+        raw, key = text.encode(errors="replace"), self.CONTENT.search(line)
+        if key and line.startswith(raw + b'"', key.end()) and line.count(b'"content"') == 1:
+            self._before, self._after = line[: key.end()], line[key.end() + len(raw) :]
         text = self._held + text
         # Half a surrogate pair is held back until its other half comes.
         self._held = text[-1] if text and "\ud800" <= text[-1] < "\udc00" else ""

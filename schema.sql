@@ -50,10 +50,6 @@ CREATE TABLE sends (
     PRIMARY KEY (user_id, client_msg_id)
 ) STRICT, WITHOUT ROWID;
 
-CREATE TRIGGER message_named AFTER INSERT ON messages WHEN new.client_msg_id IS NOT NULL BEGIN
-    INSERT INTO sends VALUES (new.user_id, new.client_msg_id, new.id);
-END;
-
 -- Full-text search. The index holds no text of its own; the owner is one token, so that a
 -- search never walks through other users' hits. Only finished text is in it.
 CREATE VIEW searchable AS
