@@ -610,8 +610,8 @@ class Endpoints:
         named = asked if body.user_id is None else str(body.user_id)
         if named is None:
             raise ChatError("invalid_frame", "user_id: is required")
-        facts, tell = (self.own(user, named), body.title or ""), partial(self.chats.tell, "chat")
-        chat = await self.chats.store.write(tell, Database.create_chat, *facts)
+        facts = (self.own(user, named), body.title or "")
+        chat = await self.chats.store.write(self.chats.tell, Database.create_chat, *facts)
         return respond(chat, 201, Location=f"/api/chats/{chat.id}")
 
     async def get_chat(self, request: Request, user: str | None) -> Response:
@@ -621,8 +621,7 @@ class Endpoints:
 
     async def patch_chat(self, request: Request, user: str | None) -> Response:
         facts = (user, path_id(request), (await self.read_body(request, TitleChange)).title)
-        tell = partial(self.chats.tell, "chat")
-        return respond(await self.chats.store.write(tell, Database.rename_chat, *facts))
+        return respond(await self.chats.store.write(self.chats.tell, Database.rename_chat, *facts))
 
     async def delete_chat(self, request: Request, user: str | None) -> Response:
         await self.chats.delete(user, path_id(request))
@@ -770,10 +769,8 @@ class Chats:
             finally:  # a frame half taken: its reader was too slow, or is gone
                 self.metrics.dropped.inc(connection.sending)
 
-    def tell(self, kind: Literal["chat", "chat_deleted"], chat: Chat | None) -> None:
-        if chat is not None:
-            about = {"chat": chat} if kind == "chat" else {"chat_id": chat.id}
-            self.rooms.publish(chat.user_id, frame(kind, **about))
+    def tell(self, chat: Chat) -> None:
+        self.rooms.publish(chat.user_id, frame("chat", chat=chat))
 
     def admit(self, user_id: str, in_chat: int, chats_running: int) -> None:
         """ChatError if `user_id` may not send to a chat that has `in_chat` unended replies.
@@ -864,14 +861,18 @@ class Chats:
 
     async def delete(self, user: str | None, chat_id: int) -> None:
         """Stop the chat's replies, then delete it; ChatError `chat_not_found`."""
-        deleted, then = None, partial(self.tell, "chat_deleted")
+        deleted = None
         while deleted is None:  # a message may arrive between the stop and the delete
             await self.store.read(Database.own_chat, user, chat_id)
             replies = list(self.lines.get(chat_id, ()))
             for reply in replies:
                 self._stop(reply, Status.ABORTED)
             await self.ended(replies)
-            deleted = await self.store.write(then, Database.drop_chat, user, chat_id)
+            deleted = await self.store.write(self._deleted, Database.drop_chat, user, chat_id)
+
+    def _deleted(self, chat: Chat | None) -> None:
+        if chat is not None:
+            self.rooms.publish(chat.user_id, frame("chat_deleted", chat_id=chat.id))
 
     # The life of a reply
 
@@ -880,7 +881,7 @@ class Chats:
         if accepted.reply is None:
             return
         if accepted.chat is not None:
-            self.tell("chat", accepted.chat)
+            self.tell(accepted.chat)
         self.rooms.publish(user_id, frame("message", message=accepted.message))
         reply = Reply(user_id, accepted.reply)
         self.running[reply.row.task_id] = reply

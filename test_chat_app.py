@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import functools
 import gc
+import gzip
+import itertools
 import json
 import logging
 import mimetypes
@@ -2781,6 +2783,15 @@ FAULTS: dict[str, tuple[Any, ...]] = {
     "a lone surrogate": fine(delta(content="a\ud83d"), delta(content="b"), STOP, text="a\ufffdb"),
     "half a pair at the end": fine(delta(content="a\ud83d"), STOP, text="a\ufffd"),
     "an empty reply": fine(STOP, DONE, text=""),
+    "gzip": ([[head("200 OK", "Content-Encoding: gzip") + gzip.compress(HEL + LO + STOP)]], GOOD),
+    # Lines like the one before but for their text, which are not parsed
+    "bad UTF-8 in the text": bad(HEL.replace(b"Hel", b"\xff\xfe")),
+    "a control character in the text": bad(HEL.replace(b"Hel", b"\x01")),
+    "text after DONE": fine(HEL, LO, STOP, DONE, HEL),
+    "a finish beside text": fine(HEL, sse({"choices": [
+        {"index": 0, "delta": {"content": "lo"}, "finish_reason": "stop"}]})),
+    "text in another place": fine(HEL, sse({"choices": [
+        {"index": 0, "delta": {"content": None, "note": {"content": "x"}}}]}), LO, STOP),
 }  # fmt: skip
 
 
@@ -2817,6 +2828,45 @@ async def test_a_fault_of_the_model_costs_one_reply_its_end(
         assert WORDS not in str(client.frames)
         assert KEY not in str(client.frames)
     assert KEY not in str([vars(record) for record in caplog.records])
+
+
+WRITTEN = st.sampled_from(
+    ["the", "a", "b", "", '"', "\\", '"content": "a"', "é", "\ud83d", "\ude00"]
+)
+
+
+@hypothesis.settings(max_examples=500, deadline=None)
+@hypothesis.given(
+    texts=st.lists(WRITTEN | st.text(), min_size=3),
+    outside=st.lists(WRITTEN, min_size=1), inside=st.lists(WRITTEN | st.none(), min_size=1),
+    keys=st.tuples(*[st.sampled_from(["content", "role", "id"])] * 2),
+    ascii_only=st.booleans(), separators=st.sampled_from([(",", ":"), (", ", ": ")]),
+    cuts=st.lists(st.integers(0, 2000)),
+)  # fmt: skip
+def test_pieces_are_what_the_chunks_say(
+    texts: list[str],
+    outside: list[str],
+    inside: list[str | None],
+    keys: tuple[str, str],
+    ascii_only: bool,
+    separators: tuple[str, str],
+    cuts: list[int],
+) -> None:
+    """However a server writes its JSON and wherever the network cuts it: the text is the text."""
+    lines = []
+    for text, out, within in zip(texts, itertools.cycle(outside), itertools.cycle(inside)):
+        chunk = {keys[0]: out, "choices": [{"delta": {"content": text}, keys[1]: within}]}
+        json_text = json.dumps(chunk, ensure_ascii=ascii_only, separators=separators)
+        lines.append(json_text.encode(errors="replace"))
+    data = b"".join(b"data: %b\n\n" % line for line in lines)
+    stream = chat_app.ChunkStream(chat_app.Report())
+    places = sorted({0, *(cut for cut in cuts if cut < len(data)), len(data)})
+    pieces = [piece for a, b in itertools.pairwise(places) for piece in stream.feed(data[a:b])]
+    pieces += stream.feed(b"\n", last=True)
+    assert stream.fault is None
+    assert all(pieces)
+    said = "".join(json.loads(line)["choices"][0]["delta"]["content"] for line in lines)
+    assert "".join(pieces) == said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 async def test_a_model_that_refuses_connections(
