@@ -9,11 +9,15 @@ The way of one message, which is also the way through this file:
     -> model -> pieces -> each Connection's cursor -> frames out -> Chats._finished -> settle
     -> ending out -> the chat's next reply
 
-What always holds: A message and its still empty reply are committed together before anybody hears
-of them; a row that is `streaming` at start-up is the trace of a crash. A reply is a growing list of
-pieces, a connection a cursor over it: the model waits for nobody. A reply ends once, in
-`Chats._finished`. One writer owns the write connection, and synchronous callbacks announce what a
-commit made true, in the order of the commits: nobody's cancellation can come in between.
+What always holds:
+
+- Rows before the model: a message and its still empty reply are committed together before
+  anybody hears of them. A row that is `streaming` at start-up is the trace of a crash.
+- A reply is a growing list of pieces, a connection a cursor over it: the model waits for nobody.
+- A reply ends once, in `Chats._finished`, the done-callback of its task; its ending is published
+  by the commit that stores it.
+- One writer owns the write connection. What a commit makes true is announced by synchronous
+  callbacks in the order of the commits: nobody's cancellation can come in between.
 """
 
 from __future__ import annotations
