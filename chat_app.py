@@ -227,13 +227,16 @@ class Reply:
 
     def add(self, pieces: list[str], limit: int) -> bool:
         """Append `pieces`, cut at `limit` characters in all; True if that cut any."""
-        for piece in pieces:
-            if kept := piece[: limit - self.chars]:
+        self.pieces += pieces
+        self.chars += sum(map(len, pieces))
+        cut = self.chars > limit
+        while self.chars > limit:
+            last = self.pieces.pop()
+            self.chars -= len(last)
+            if kept := last[: max(limit - self.chars, 0)]:
                 self.pieces.append(kept)
-            self.chars += len(piece)
-            if self.chars > limit:
-                return True
-        return False
+                self.chars += len(kept)
+        return cut
 
     def token_frame(self, cursor: int) -> str:
         """Return the `token` frame with all pieces after the first `cursor` ones.
@@ -523,8 +526,9 @@ class Endpoints:
             if origin.lower().partition("://")[2] != host.lower():
                 raise ChatError("forbidden", "This origin is not allowed.")
 
-    async def socket(self, websocket: WebSocket) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One WebSocket, from its handshake to its close. Refused by accepting, then closing."""
+        websocket = WebSocket(scope, receive, send)
         await websocket.accept("chat" if "chat" in websocket.scope["subprotocols"] else None)
         try:
             self.refuse_foreign(websocket)
@@ -532,23 +536,27 @@ class Endpoints:
             user = self.own(user, websocket.path_params["user_id"])
             with self.chats.join(user) as connection:
                 left = min(max(expires - time.time(), 0), FOREVER)
-                loop, sender = asyncio.get_running_loop(), self._deliver(websocket, connection)
-                expiry = loop.call_later(left, connection.close, 4401, "expired")
-                task = loop.create_task(sender)
+                expiry = asyncio.get_running_loop().call_later(
+                    left, connection.close, 4401, "expired"
+                )
+                sender = asyncio.create_task(self._deliver(websocket, send, connection))
                 try:
                     await self._listen(websocket, user, connection)
                 finally:
                     expiry.cancel()
-                    task.cancel()
+                    sender.cancel()
         except ChatError as error:
             await websocket.close(CLOSE_CODES.get(error.code, 4403), error.message)
 
-    async def _deliver(self, websocket: WebSocket, connection: Connection) -> None:
-        """Send what `connection` has for its client, until it closes or the client is gone."""
-        with suppress(WebSocketDisconnect, RuntimeError):
+    async def _deliver(self, websocket: WebSocket, send: Any, connection: Connection) -> None:
+        """Send what `connection` has for its client, until it closes or the client is gone.
+
+        By `send` itself: Starlette's three layers over it only cost time.
+        """
+        with suppress(OSError, WebSocketDisconnect, RuntimeError):
             while (text := await connection.get()) is not None:
                 connection.sending = True
-                await websocket.send_text(text)
+                await send({"type": "websocket.send", "text": text})
                 connection.sending = False
             await websocket.close(*connection.closing or ())
 
@@ -1515,20 +1523,21 @@ class OpenAIModel:
         Until the response begins the SDK tries twice more, as Retry-After says; later nobody.
         """
         stream, opened = ChunkStream(report), False
-        self._streams += 1
         try:
             async with AsyncExitStack() as stack:
                 response = (await self._open(stack, turns)).http_response
                 opened = True
-                # Each layer of the SDK costs as much as parsing a token: aiohttp is read directly.
-                # Where there is something else under the SDK, or a coding, it costs what it costs.
-                layer = getattr(getattr(response, "stream", None), "_stream", None)
+                self._streams += 1
+                # aiohttp is read directly: each layer over it costs as much as parsing a token.
+                # Where there is something else under the SDK, or a coding, the layers do it.
+                layer = getattr(response.stream, "_stream", None)
                 http = getattr(layer, "_aiohttp_response", None)
-                read = partial(anext, response.aiter_bytes(), b"")
-                if http is not None and "content-encoding" not in response.headers:
-                    read = http.content.readany
+                if "content-encoding" in response.headers:
+                    http = None
+                read = http.content.readany if http else partial(anext, response.aiter_bytes(), b"")
                 while not stream.done and (data := await read()):
-                    self._rest(http and http.connection)
+                    if http and http.connection:  # gone once the response is read to its end
+                        self._rest(http.connection.transport)
                     yield stream.feed(data)
                 yield stream.feed(b"\n", last=True)
                 if stream.fault is not None:
@@ -1543,7 +1552,7 @@ class OpenAIModel:
             words = f"{type(e).__name__}: {e}"[:500].replace(self._key, "[key]")
             raise ModelError(model_code(e, opened=opened), words) from e
         finally:
-            self._streams -= 1
+            self._streams -= opened
         if report.finish_reason is None:
             raise ModelError("model_incomplete", "the stream ended without a finish_reason")
 
@@ -1563,16 +1572,16 @@ class OpenAIModel:
                 self._asks_usage = False
         return await stack.enter_async_context(request())
 
-    def _rest(self, connection: Any) -> None:
-        """Let a stream's socket rest, if there are many (None: its response has been read)."""
-        if self._streams > FEW_STREAMS and connection and connection.transport:
+    def _rest(self, transport: asyncio.Transport) -> None:
+        """Let a stream's socket rest, if there are many."""
+        if self._streams > FEW_STREAMS:
             loop, pause = asyncio.get_running_loop(), min(self._streams * STREAM_PAUSE, MAX_PAUSE)
             at = int((loop.time() + pause) / PAUSE_STEP + 1) * PAUSE_STEP
-            connection.transport.pause_reading()
+            transport.pause_reading()
             if at not in self._resting:
                 self._resting[at] = []
                 loop.call_at(at, self._wake, at)
-            self._resting[at].append(connection.transport)
+            self._resting[at].append(transport)
 
     def _wake(self, at: float) -> None:
         for transport in self._resting.pop(at):
@@ -1608,7 +1617,7 @@ class ChunkStream:
         self.report, self.done = report, False
         self.fault: ModelError | None = None  # an error in the stream, or no JSON
         self._rest, self._held = b"", ""
-        self._before, self._after = b"\n", b""  # what surrounds the text in this stream's lines
+        self._around = b"\n", b""  # what surrounds the text in this stream's lines
 
     def feed(self, data: bytes, *, last: bool = False) -> list[str]:
         """Return the pieces that `data` brings, maybe none; `done` after `[DONE]` or a fault."""
@@ -1616,8 +1625,8 @@ class ChunkStream:
         *lines, self._rest = (self._rest + data).split(b"\n")
         pieces: list[str] = []
         try:
-            for line in lines:
-                before, after = self._before, self._after
+            for line in filter(None, lines):  # blank ones end events
+                before, after = self._around
                 plain = self.PLAIN.fullmatch(line, len(before), len(line) - len(after))
                 if plain and line.startswith(before) and line.endswith(after) and not self._held:
                     pieces.append(plain[0].decode())
@@ -1642,7 +1651,7 @@ class ChunkStream:
         text = read_chunk(data, self.report)
         raw, key = text.encode(errors="replace"), self.CONTENT.search(line)
         if key and line.startswith(raw + b'"', key.end()) and line.count(b'"content"') == 1:
-            self._before, self._after = line[: key.end()], line[key.end() + len(raw) :]
+            self._around = line[: key.end()], line[key.end() + len(raw) :]
         text = self._held + text
         # Half a surrogate pair is held back until its other half comes.
         self._held = text[-1] if text and "\ud800" <= text[-1] < "\udc00" else ""
@@ -1857,7 +1866,7 @@ def routes(api: Endpoints) -> list[Route | WebSocketRoute]:
     own = "script-src HASHES; style-src HASHES; img-src data:"
     chat = "/api/chats/{chat_id}"
     return [
-        WebSocketRoute("/ws/{user_id:any}", api.socket),
+        WebSocketRoute("/ws/{user_id:any}", api),
         api.route("/api/chats", POST=api.post_chat),
         api.route(chat, GET=api.get_chat, PATCH=api.patch_chat, DELETE=api.delete_chat),
         api.route(f"{chat}/abort", POST=api.post_abort),
