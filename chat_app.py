@@ -442,6 +442,13 @@ def respond(data: Any, status: int = 200, kind: str = "json", **headers: str) ->
     return Response(to_json(data), status, headers, f"application/{kind}")
 
 
+def unforeseen(error: Exception, **facts: Any) -> ChatError:
+    """Log a fault of the service itself; return what its client is told."""
+    trace = None if isinstance(error, sqlite3.Error) else error
+    event("a request failed", logging.ERROR, trace, **facts, why=repr(error))
+    return ChatError("internal", FAULTS["internal"])
+
+
 async def on_error(request: Request, error: Exception) -> Response:
     """Answer what an endpoint raised, or Starlette itself, with RFC 9457 problem details."""
     headers: dict[str, str] = {}
@@ -452,9 +459,7 @@ async def on_error(request: Request, error: Exception) -> Response:
         code = "method_not_allowed" if error.status_code == 405 else "not_found"
         error = ChatError(code, error.detail)
     elif not isinstance(error, ChatError):
-        trace = None if isinstance(error, sqlite3.Error) else error
-        event("a request failed", logging.ERROR, trace, path=request.url.path, why=repr(error))
-        error = ChatError("internal", FAULTS["internal"])
+        error = unforeseen(error, path=request.url.path)
     status, title = HTTP_STATUS[error.code], error.code.replace("_", " ").capitalize()
     about = {"type": "about:blank", "title": title, "status": status, "detail": error.message}
     if status in {429, 503}:
@@ -576,9 +581,7 @@ class Endpoints:
             except ChatError as error:
                 connection.push(refusal(error, data))
             except Exception as error:  # noqa: BLE001 - logged; the connection goes on
-                trace = None if isinstance(error, sqlite3.Error) else error
-                event("a frame failed", logging.ERROR, trace, user=user, why=repr(error))
-                connection.push(refusal(ChatError("internal", FAULTS["internal"]), data))
+                connection.push(refusal(unforeseen(error, user=user), data))
 
     def route(self, path: str, **handlers: Handler) -> Route:
         """Return one Route for `path` with a handler per method, so that 405 names them all."""
@@ -921,9 +924,10 @@ class Chats:
             turns.insert(0, {"role": "system", "content": settings.system_prompt})
         async with aclosing(self.model(turns, reply.report)) as stream:
             async for pieces in stream:
-                if pieces and not finished:  # keep-alive comments earn no time
-                    self._expect(reply, settings.model_timeout_seconds)
-                if reply.report.finish_reason is not None and not finished:
+                if reply.report.finish_reason is None:
+                    if pieces:  # keep-alive comments earn no time
+                        self._expect(reply, settings.model_timeout_seconds)
+                elif not finished:
                     finished = True
                     self._expect(reply, AFTER_FINISH_SECONDS)
                     reply.timer.cancel()
