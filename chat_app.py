@@ -43,7 +43,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextman
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -787,17 +787,20 @@ class Chats:
     def tell(self, chat: Chat) -> None:
         self.rooms.publish(chat.user_id, frame("chat", chat=chat))
 
-    def admit(self, user_id: str, in_chat: int, chats_running: int) -> None:
-        """ChatError if `user_id` may not send to a chat that has `in_chat` unended replies.
-
-        Called by the writer, one at a time. A token bucket is known by when it is full again.
-        """
+    def admit(self, charge: Callable[[], None], in_chat: int, chats_running: int) -> None:
+        """ChatError if nothing may be sent to a chat that has `in_chat` unended replies, or
+        `charge` raises one. Called by the writer, one at a time."""
         if self.draining:
             raise ChatError("overloaded", "The service restarts.", retry_after=5)
         if in_chat > self.settings.max_waiting_replies:
             raise ChatError("busy", "This chat has too many messages waiting.")
         if not in_chat and chats_running >= self.settings.max_running_replies:
             raise ChatError("overloaded", "The service writes too many replies.", retry_after=5)
+        charge()
+
+    def charge(self, user_id: str) -> None:
+        """Take a message out of the user's token bucket, known by when it is full again;
+        ChatError `rate_limited` if it is empty."""
         at, buckets = time.monotonic(), self._full_at
         while buckets and buckets[oldest := next(iter(buckets))] <= at:
             del buckets[oldest]
@@ -820,7 +823,9 @@ class Chats:
             operation = Database.accept
             if len(action.content) > (most := self.settings.max_message_chars):
                 raise ChatError("invalid_frame", f"content: may have {most} characters")
-        facts = (user_id, action, str(uuid.uuid4()), self.admit)
+        # One charge a message, also where a batch fails and its operations run once more.
+        admit = partial(self.admit, cache(partial(self.charge, user_id)))
+        facts = (user_id, action, str(uuid.uuid4()), admit)
         return await self.store.write(partial(self._accepted, user_id), operation, *facts)
 
     async def abort(self, user: str | None, chat_id: int | None, task: str | None) -> list[Reply]:
@@ -1252,20 +1257,21 @@ def sole_owner(path: str) -> Iterator[None]:
 
     Waits for one that is being drained; StartError if the file isn't let go or can't be opened.
     """
-    deadline = time.monotonic() + OWNER_SECONDS
     try:
-        with Path(path).open("ab") as lock:
-            while sys.platform != "win32":
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise StartError(f"DATABASE_URL: another service uses {path}") from None
-                time.sleep(0.05)
-            yield
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StartError(f"DATABASE_URL: cannot open {path}: {error.strerror}") from None
+    with os.fdopen(lock):
+        deadline = time.monotonic() + OWNER_SECONDS
+        while sys.platform != "win32":
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StartError(f"DATABASE_URL: another service uses {path}") from None
+            time.sleep(0.05)
+        yield
 
 
 class Database:
@@ -1388,7 +1394,7 @@ class Database:
         if sent := self.one(sql, *key):
             return Accepted(self.stored(sent[0]))
         chat = self.own_chat(user_id, action.chat_id) if action.chat_id else None
-        admit(user_id, *self.load(action.chat_id))
+        admit(*self.load(action.chat_id))
         chat = chat or self.create_chat(user_id, "")
         message = self.insert(chat, action.content, task_id, None, action.client_msg_id)
         reply = self.insert(chat, "", task_id, message.id)
@@ -1406,7 +1412,7 @@ class Database:
         in_chat, chats = self.load(chat.id)
         if in_chat:
             raise ChatError("busy", "A reply of this chat is still being written.")
-        admit(user_id, in_chat, chats)
+        admit(in_chat, chats)
         self.one("UPDATE messages SET task_id = ? WHERE id = ?", task_id, *last)
         reply = self.insert(chat, "", task_id, *last)
         self.save_chat(chat, chat.title, reply.timestamp)
@@ -1497,7 +1503,7 @@ class Database:
         return [asdict(self.message(row)) | {"snippet": row[-1]} for row in rows]
 
 
-Admit = Callable[[str, int, int], None]
+Admit = Callable[[int, int], None]
 
 
 class OpenAIModel:
@@ -1787,7 +1793,7 @@ def event(
 class EventLog(logging.Handler):
     """One line per event on stderr: text for people, with LOG_FORMAT=json for machines.
 
-    Lines that nobody takes are dropped: a full pipe must not stop the service.
+    Lines that nobody takes are dropped: a full pipe or disk must not stop the service.
     """
 
     def __init__(self, log_format: str) -> None:
@@ -1804,9 +1810,10 @@ class EventLog(logging.Handler):
             pairs = [f"{name}={to_json(fact).decode()}" for name, fact in facts.items()]
             text = " ".join([*head.values(), *pairs]) + (f"\n{trace}" if trace else "")
         line = f"{text}\n".encode("utf-8", "replace")
-        for start in range(0, len(line), 512):  # a writable pipe takes that much (POSIX)
-            if os.name == "nt" or select.select([], [2], [], 0)[1]:
-                os.write(2, line[start : start + 512])
+        with suppress(OSError):  # there is nowhere left to tell it
+            for start in range(0, len(line), 512):  # a writable pipe takes that much (POSIX)
+                if os.name == "nt" or select.select([], [2], [], 0)[1]:
+                    os.write(2, line[start : start + 512])
 
 
 def set_up_logging(settings: Settings) -> None:
@@ -2005,7 +2012,8 @@ def serve(settings: Settings) -> None:
     set_up_logging(settings)
     if sys.platform != "win32":  # as many open files, so connections, as the system allows
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        with suppress(ValueError, OSError):  # macOS says "no limit" and takes no such value
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # uvicorn raises the signal that ended it once more when it is done: that is a clean end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
@@ -2024,15 +2032,15 @@ def main(arguments: list[str]) -> int:
             case [], settings:
                 serve(settings)
             case ["token", user_id], Settings(jwt_secret=SecretStr() as secret):
-                claims = {"sub": opaque(user_id), "exp": int(time.time()) + 86_400}  # for a day
+                user = validate(NewChat, {"user_id": user_id}).user_id
+                claims = {"sub": user, "exp": int(time.time()) + 86_400}  # for a day
                 print(jwt.encode(claims, secret.get_secret_value(), "HS256"))
             case ["token", _], _:
                 raise StartError("JWT_SECRET: is needed to make a token")
             case _:
                 raise StartError("usage: chat_app.py [token USER]")
-    except (StartError, ValueError) as error:
-        about = "" if isinstance(error, StartError) else "USER: "
-        print(f"chat_app: {about}{error}", file=sys.stderr)
+    except (StartError, ChatError) as error:
+        print(f"chat_app: {str(error).replace('user_id', 'USER')}", file=sys.stderr)
         return 2
     return 0
 

@@ -3281,14 +3281,17 @@ async def test_a_database_that_stays_locked(service: Service, upstream: Upstream
         assert await ending(bob, (await bob.say("hello?"))["task_id"])
 
 
-async def test_one_bad_operation_fails_alone(service: Service) -> None:
+async def test_one_bad_operation_fails_alone(settings: Callable[..., Settings]) -> None:
     """Among messages that are stored together, one that the database refuses fails; the others
-    are stored, echoed and answered."""
+    are stored, echoed and answered, and each is charged to its sender once."""
     poison = (
         "CREATE TRIGGER poison BEFORE INSERT ON messages WHEN new.content = 'user 3'"
         " BEGIN SELECT RAISE(ABORT, 'poison'); END"
     )
-    async with contextlib.AsyncExitStack() as stack:
+    async with (
+        Service(settings(messages_per_minute=2)) as service,
+        contextlib.AsyncExitStack() as stack,
+    ):
         users = [f"user{number}" for number in range(10)]
         clients = [await stack.enter_async_context(service.connect(user)) for user in users]
         with contextlib.closing(sqlite3.connect(service.database, isolation_level=None)) as other:
@@ -3304,8 +3307,9 @@ async def test_one_bad_operation_fails_alone(service: Service) -> None:
                 else:
                     assert (await client.reply())["reply_to"] is not None
             other.execute("DROP TRIGGER poison")
-        await ending(clients[3], (await clients[3].say("user 3"))["task_id"])
-    assert service.stored("SELECT count(*) FROM messages WHERE NOT is_ai") == [(10,)]
+        for client in clients:  # of the two messages a minute that each may send
+            await ending(client, (await client.say("once more"))["task_id"])
+    assert service.stored("SELECT count(*) FROM messages WHERE NOT is_ai") == [(19,)]
 
 
 async def test_an_ending_that_can_not_be_stored_waits(service: Service) -> None:
@@ -3852,6 +3856,35 @@ async def test_a_log_that_nobody_reads_stops_nothing(
     assert code == 0
     assert len(log) > 65_536
     assert log.count(WORDS) < 200 * 10  # it was full: lines are missing
+
+
+@pytest.mark.parametrize("where", ["a closed pipe", "a full disk"])
+async def test_a_log_that_can_not_be_written_stops_nothing(where: str, tmp_path: Path) -> None:
+    """Where writing to stderr fails, messages are accepted and answered as ever."""
+    if where == "a full disk":
+        log = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, log = os.pipe()
+        os.close(reader)
+    service = Process(tmp_path)
+    service.process = await asyncio.create_subprocess_exec(
+        sys.executable, str(HERE / "chat_app.py"), cwd=tmp_path, env=service.environment,
+        stdout=asyncio.subprocess.PIPE, stderr=log,
+    )  # fmt: skip
+    os.close(log)
+    assert service.process.stdout is not None
+    async with asyncio.timeout(LIMIT):
+        service.address = (await service.process.stdout.readline()).decode().split()[-1]
+    async with service.connect() as client:
+        for _ in range(2):
+            task_id = (await client.say("x"))["task_id"]
+            await client.until("token")
+            await client.send("abort", task_id=task_id)
+            assert (await ending(client, task_id)).status == "aborted"
+    service.process.terminate()
+    async with asyncio.timeout(LIMIT):
+        await service.process.communicate()
+    assert service.process.returncode == 0
 
 
 # --- The page, in real Chromium ---
