@@ -978,7 +978,8 @@ class Chats:
         if task.cancelled():
             status, reason = reply.stopped or (Status.INTERRUPTED, None)
         elif (error := task.exception()) is not None and reason is None:
-            status, reason = Status.FAILED, getattr(error, "code", "internal")
+            reason = error.code if isinstance(error, ModelError) else "internal"
+            status = Status.FAILED
         if status is Status.FAILED:
             trace = error if reason == "internal" else None
             facts = {**reply.row.ids, "code": reason, "why": str(error)}
@@ -1649,6 +1650,7 @@ class ChunkStream:
                 raise ModelError("model_error", "a line of the stream is too long")
         except (ModelError, UnicodeDecodeError) as error:
             self.done, self.fault = True, ModelError("model_error", str(error))
+            self._rest = b""  # what follows a fault is not read
         if last and self._held:
             pieces.append(clean(self._held))
         return pieces

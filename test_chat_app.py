@@ -2749,6 +2749,7 @@ FAULTS: dict[str, tuple[Any, ...]] = {
     "JSON cut off": bad(b'data: {"choices": [{"del\n\n'),
     "no JSON": bad(sse(WORDS)),
     "a number": bad(sse("42")),
+    "text after no JSON": bad(sse(WORDS), LO.rstrip()),
     "a list": bad(sse("[]")),
     "null": bad(sse("null")),
     "deep nesting": bad(sse("[" * 100_000)),
