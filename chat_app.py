@@ -37,8 +37,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -57,7 +56,7 @@ import prometheus_client as prometheus
 import uvicorn
 import yaml
 from pydantic import AfterValidator as Check
-from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, Field, SecretBytes, SecretStr, ValidationError, model_validator
 from pydantic_core import from_json, to_json
 from pydantic_settings import BaseSettings
 from starlette.applications import Starlette
@@ -104,9 +103,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 class Settings(BaseSettings):
     """The variables, each in upper case. ValidationError where one is out of its range."""
 
-    model_config = {
-        "frozen": True, "extra": "ignore", "env_ignore_empty": True
-    }  # fmt: skip
+    model_config = {"frozen": True, "extra": "ignore", "env_ignore_empty": True}
 
     database_url: Annotated[str, Check(sqlite_file)] = "sqlite:///./chat.db"
     openai_api_key: SecretStr | None = None
@@ -116,7 +113,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8005
     environment: Literal["development", "production"] = "development"
-    jwt_secret: SecretStr | None = None
+    jwt_secret: Annotated[SecretBytes, Field(min_length=32)] | None = None
     allowed_origins: str = ""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["text", "json"] = "text"
@@ -138,8 +135,6 @@ class Settings(BaseSettings):
     def _check_secret(self) -> Settings:
         if self.jwt_secret is None and self.environment == "production":
             raise ValueError("JWT_SECRET: is required when ENVIRONMENT=production")
-        if self.jwt_secret is not None and len(self.jwt_secret.get_secret_value().encode()) < 32:
-            raise ValueError("JWT_SECRET: must have at least 32 bytes")
         return self
 
     @property
@@ -207,16 +202,14 @@ Model = Callable[[list[Turn], Report], Pieces]
 class Reply:
     """A reply that runs or waits. Only the event loop touches it."""
 
-    timer: asyncio.TimerHandle  # looks at the deadline, while the model streams
-    deadline = last_deadline = 0.0  # for the next piece, for all of them: by the loop's clock
-    stopped: tuple[Status, str | None] | None = None  # as another than the model ended it, and why
-    task: asyncio.Task[None] | None = None  # None: waiting for its turn
+    task: asyncio.Task[None]
+    stopped: Status | None = None  # as somebody else than the model ended it
     chars = saved = 0  # characters so far; pieces in the last checkpoint
 
-    def __init__(self, user_id: str, row: Message) -> None:
+    def __init__(self, user_id: str, row: Message, ahead: list[Reply]) -> None:
         self.user_id, self.row, self.report = user_id, row, Report()
+        self.ahead = [each.settled for each in ahead]  # its turn comes when these are done
         self.pieces: list[str] = []  # only grows; its length is PROTOCOL.md's `seq`
-        self.cursors: dict[Connection, int] = {}
         self.settled: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self.created = time.monotonic()
         self._prefix = frame("token", **row.ids).removesuffix("}")
@@ -227,16 +220,13 @@ class Reply:
 
     def add(self, pieces: list[str], limit: int) -> bool:
         """Append `pieces`, cut at `limit` characters in all; True if that cut any."""
-        self.pieces += pieces
-        self.chars += sum(map(len, pieces))
-        cut = self.chars > limit
-        while self.chars > limit:
-            last = self.pieces.pop()
-            self.chars -= len(last)
-            if kept := last[: max(limit - self.chars, 0)]:
+        for piece in pieces:
+            if kept := piece[: limit - self.chars]:
                 self.pieces.append(kept)
                 self.chars += len(kept)
-        return cut
+            if len(kept) < len(piece):
+                return True
+        return False
 
     def token_frame(self, cursor: int) -> str:
         """Return the `token` frame with all pieces after the first `cursor` ones.
@@ -493,13 +483,13 @@ class Endpoints:
         self.settings = settings
 
     def identify(self, connection: HTTPConnection) -> tuple[str | None, float]:
-        """Return who asks, and until when (seconds since 1970) their token says so.
+        """Return who asks, and for how many seconds more their token says so.
 
         Browsers can't set headers on a WebSocket: there the token may come as a subprotocol.
         ChatError `unauthorized` where JWT_SECRET asks for a token and there is no valid one.
         """
         if self.settings.jwt_secret is None:
-            return None, time.time() + FOREVER
+            return None, FOREVER
         scheme, _, token = connection.headers.get("authorization", "").partition(" ")
         for protocol in connection.scope.get("subprotocols", ()):
             if protocol.startswith("bearer."):
@@ -508,17 +498,14 @@ class Endpoints:
             bearer = token.strip() if scheme.lower() == "bearer" else ""
             secret, rules = self.settings.jwt_secret.get_secret_value(), ["exp", "sub"]
             claims = jwt.decode(bearer, secret, algorithms=["HS256"], options={"require": rules})
-            return opaque(claims["sub"]), float(claims["exp"])
+            return opaque(claims["sub"]), min(float(claims["exp"]) - time.time(), FOREVER)
         except (jwt.InvalidTokenError, ValueError, OverflowError):
             raise ChatError("unauthorized", "A valid bearer token is required.") from None
 
     def own(self, user: str | None, named: str) -> str:
         """Return the user `named` if `user` may act for them; ChatError `forbidden` if not,
         `invalid_frame` where no user can have that id."""
-        try:
-            opaque(named)
-        except ValueError as error:
-            raise ChatError("invalid_frame", f"user_id: {error}") from None
+        validate(NewChat, {"user_id": named})
         if user not in {None, named}:
             raise ChatError("forbidden", "The token is for another user.")
         return named
@@ -537,13 +524,11 @@ class Endpoints:
         await websocket.accept("chat" if "chat" in websocket.scope["subprotocols"] else None)
         try:
             self.refuse_foreign(websocket)
-            user, expires = self.identify(websocket)
+            user, left = self.identify(websocket)
             user = self.own(user, websocket.path_params["user_id"])
             with self.chats.join(user) as connection:
-                left = min(max(expires - time.time(), 0), FOREVER)
-                expiry = asyncio.get_running_loop().call_later(
-                    left, connection.close, 4401, "expired"
-                )
+                loop = asyncio.get_running_loop()
+                expiry = loop.call_later(left, connection.close, 4401, "expired")
                 sender = asyncio.create_task(self._deliver(websocket, send, connection))
                 try:
                     await self._listen(websocket, user, connection)
@@ -679,22 +664,22 @@ class Endpoints:
     async def post_message(self, request: Request, user: str | None) -> Response:
         chat_id = path_id(request)
         action = await self.read_body(request, SendMessage, chat_id=chat_id)
-        user_id = user or (await self.chats.store.read(Database.own_chat, None, chat_id)).user_id
-        return await self.answer(request, await self.chats.send(user_id, action))
+        return await self.answer(request, user, action, chat_id)
 
     async def post_regenerate(self, request: Request, user: str | None) -> Response:
-        chat = await self.chats.store.read(Database.own_chat, user, path_id(request))
-        accepted = await self.chats.send(chat.user_id, Regenerate(chat_id=chat.id))
-        return await self.answer(request, accepted)
+        chat_id = path_id(request)
+        return await self.answer(request, user, Regenerate(chat_id=chat_id), chat_id)
 
-    async def answer(self, request: Request, accepted: Accepted) -> Response:
+    async def answer(
+        self, request: Request, user: str | None, action: SendMessage | Regenerate, chat_id: int
+    ) -> Response:
         """Answer with the ended reply or, where events are accepted, with its frames."""
+        user_id = user or (await self.chats.store.read(Database.own_chat, None, chat_id)).user_id
+        message = (await self.chats.send(user_id, action)).message
         if "text/event-stream" in request.headers.get("accept", "").lower():
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            events = self.events(accepted.message)
-            return StreamingResponse(events, 200, headers, "text/event-stream")
-        reply = await self.chats.reply_to(accepted.message)
-        return respond({"message": accepted.message, "reply": reply}, 201)
+            return StreamingResponse(self.events(message), 200, headers, "text/event-stream")
+        return respond({"message": message, "reply": await self.chats.reply_to(message)}, 201)
 
     async def events(self, message: Message) -> AsyncIterator[str]:
         """Yield the frames of the task that answers `message` as server-sent events."""
@@ -713,20 +698,19 @@ class Endpoints:
             yield f"event: {kind}\ndata: {text}\n\n"
 
     async def get_health(self, _request: Request, _user: str | None) -> Response:
-        try:
-            await asyncio.wait_for(self.chats.store.read(Database.ping), HEALTH_SECONDS)
-        except TimeoutError:
-            raise ChatError("internal", "The database does not answer.") from None
-        counts = {"connections": self.chats.rooms.count, "replies": len(self.chats.running)}
+        async with asyncio.timeout(HEALTH_SECONDS):
+            await self.chats.store.read(Database.ping)
+        counts = {"connections": self.chats.connections, "replies": len(self.chats.running)}
         facts = {"status": "ok", "model": self.chats.model_name, **counts, "version": VERSION}
         return respond(facts)
 
     async def get_metrics(self, _request: Request, _user: str | None) -> Response:
         media = prometheus.CONTENT_TYPE_PLAIN_0_0_4
-        metrics, replies, running = self.chats.metrics, self.chats.running, len(self.chats.lines)
-        metrics.connections.set(self.chats.rooms.count)
-        metrics.running.set(running)
-        metrics.waiting.set(len(replies) - running)
+        metrics, replies = self.chats.metrics, self.chats.running.values()
+        waiting = sum(bool(reply.ahead) for reply in replies)
+        metrics.connections.set(self.chats.connections)
+        metrics.running.set(len(replies) - waiting)
+        metrics.waiting.set(waiting)
         return Response(prometheus.generate_latest(metrics.registry), media_type=media)
 
 
@@ -744,7 +728,7 @@ class ListedOrigins(CORSMiddleware):
 CHECKPOINT_SECONDS = 0.4  # promise 6: a second's text may be lost, also on a busy machine
 AFTER_FINISH_SECONDS = 1.0  # for usage and the end of a stream that has said it is finished
 SETTLE_SECONDS = 3.0  # at shutdown, for the last endings to be stored
-FLUSH_SECONDS = 1.0  # at shutdown, for outboxes to empty
+FLUSH_LOOKS = 100  # at shutdown, hundredths of a second for outboxes to empty
 
 
 class Accepted(NamedTuple):
@@ -759,14 +743,13 @@ class Chats:
     """The application: accepts messages, runs replies, ends them, tells whom it concerns.
 
     `running` has every reply that runs or waits, by task id: the dict that aborts look in.
-    `lines` has them by chat, in order; the first of a line is the one that is written.
     """
 
     def __init__(self, settings: Settings, store: Store, name: str, model: Model) -> None:
         self.settings, self.store, self.model_name, self.model = settings, store, name, model
-        self.metrics, self.rooms = store.metrics, Rooms(settings)
+        self.metrics, self.connections = store.metrics, 0
+        self.rooms: dict[str, dict[Connection, None]] = {}  # who is connected, by user, in order
         self.running: dict[str, Reply] = {}
-        self.lines: dict[int, deque[Reply]] = {}
         self.draining = False
         self._full_at: dict[str, float] = {}  # users' token buckets, the longest silent first
 
@@ -775,17 +758,39 @@ class Chats:
         """Let a WebSocket of `user_id` in, brought up to date; ChatError if that can't be now."""
         if self.draining:
             raise ChatError("interrupted", "The service restarts.")
-        with self.rooms.enter(user_id) as connection:
-            for reply in self.running.values():  # no await since it entered: nothing falls between
-                if reply.user_id == user_id:
-                    connection.sync(reply)
-            try:
-                yield connection
-            finally:  # a frame half taken: its reader was too slow, or is gone
-                self.metrics.dropped.inc(connection.sending)
+        if len(self.rooms.get(user_id, ())) >= self.settings.max_connections_per_user:
+            raise ChatError("overloaded", "Too many connections of this user.")
+        if self.connections >= self.settings.max_connections:
+            raise ChatError("overloaded", "Too many connections.")
+        connection, room = Connection(self.settings), self.rooms.setdefault(user_id, {})
+        room[connection] = None
+        self.connections += 1
+        for reply in self.running.values():  # no await since it entered: nothing falls between
+            if reply.user_id == user_id:
+                seq = len(reply.pieces)
+                connection.push(frame("sync", **reply.row.ids, content=reply.text, seq=seq))
+        try:
+            yield connection
+        finally:
+            self.metrics.dropped.inc(connection.sending)  # a frame half taken: too slow, or gone
+            self.connections -= 1
+            del room[connection]
+            if not room:
+                del self.rooms[user_id]
+
+    def publish(self, user_id: str, *frames: str) -> None:
+        """Send `frames` to all of a user's connections. Never raises and never waits."""
+        for connection in self.rooms.get(user_id, ()):
+            for text in frames:
+                connection.push(text)
+
+    def grow(self, reply: Reply, cursor: int) -> None:
+        """Note that `reply` has more than `cursor` pieces; which ones is looked up when sent."""
+        for connection in self.rooms.get(reply.user_id, ()):
+            connection.put(reply, cursor)
 
     def tell(self, chat: Chat) -> None:
-        self.rooms.publish(chat.user_id, frame("chat", chat=chat))
+        self.publish(chat.user_id, frame("chat", chat=chat))
 
     def admit(self, charge: Callable[[], None], in_chat: int, chats_running: int) -> None:
         """ChatError if nothing may be sent to a chat that has `in_chat` unended replies, or
@@ -838,13 +843,11 @@ class Chats:
         elif task is None:
             raise ChatError("invalid_frame", "task_id: is required, or chat_id")
         task = task and task.lower()
-        found = [self.running[task]] if task in self.running else self.lines.get(chat_id or 0, ())
+        found = self.of_chat(chat_id or 0) if task is None else [self.running.get(task)]
         replies = [
             each
             for each in found
-            if task in {None, each.row.task_id}
-            and user in {None, each.user_id}
-            and chat_id in {None, each.row.chat_id}
+            if each and user in {None, each.user_id} and chat_id in {None, each.row.chat_id}
         ]
         if not replies:
             if task is not None:
@@ -855,11 +858,9 @@ class Chats:
         return replies
 
     async def ended(self, replies: list[Reply]) -> list[Message]:
-        """Wait until `replies` are stored; ChatError `internal` if the database can't."""
-        futures = [reply.settled for reply in replies]
-        if futures and (await asyncio.wait(futures, timeout=2 * SETTLE_SECONDS))[1]:
-            raise ChatError("internal", "The database does not answer.")
-        return [future.result() for future in futures]
+        """Wait until `replies` are stored; TimeoutError if the database can't."""
+        async with asyncio.timeout(2 * SETTLE_SECONDS):
+            return [await asyncio.shield(reply.settled) for reply in replies]
 
     async def reply_to(self, message: Message) -> Message:
         """Wait for the reply of `message`'s task to end, and return it as stored."""
@@ -884,7 +885,7 @@ class Chats:
         deleted = None
         while deleted is None:  # a message may arrive between the stop and the delete
             await self.store.read(Database.own_chat, user, chat_id)
-            replies = list(self.lines.get(chat_id, ()))
+            replies = self.of_chat(chat_id)
             for reply in replies:
                 self._stop(reply, Status.ABORTED)
             await self.ended(replies)
@@ -892,7 +893,10 @@ class Chats:
 
     def _deleted(self, chat: Chat | None) -> None:
         if chat is not None:
-            self.rooms.publish(chat.user_id, frame("chat_deleted", chat_id=chat.id))
+            self.publish(chat.user_id, frame("chat_deleted", chat_id=chat.id))
+
+    def of_chat(self, chat_id: int) -> list[Reply]:
+        return [reply for reply in self.running.values() if reply.row.chat_id == chat_id]
 
     # The life of a reply
 
@@ -902,81 +906,65 @@ class Chats:
             return
         if accepted.chat is not None:
             self.tell(accepted.chat)
-        self.rooms.publish(user_id, frame("message", message=accepted.message))
-        reply = Reply(user_id, accepted.reply)
+        self.publish(user_id, frame("message", message=accepted.message))
+        reply = Reply(user_id, accepted.reply, self.of_chat(accepted.reply.chat_id))
         self.running[reply.row.task_id] = reply
-        self.lines.setdefault(reply.row.chat_id, deque()).append(reply)
         event("accepted", user=user_id, **reply.row.ids)
+        reply.task = asyncio.create_task(self._answer(reply))
+        reply.task.add_done_callback(partial(self._finished, reply))
         if self.draining:
             self._stop(reply, Status.INTERRUPTED)
-        self._advance(reply.row.chat_id)
-
-    def _advance(self, chat_id: int) -> None:
-        """Start the first reply of a chat's line, if it waits."""
-        reply = self.lines[chat_id][0]
-        if reply.task is None and reply.stopped is None:
-            reply.last_deadline = time.monotonic() + self.settings.max_reply_seconds
-            self._expect(reply, self.settings.model_timeout_seconds)
-            self._watch(reply)
-            reply.task = asyncio.create_task(self._answer(reply))
-            reply.task.add_done_callback(partial(self._finished, reply))
 
     async def _answer(self, reply: Reply) -> None:
-        """Stream the model's answer into `reply`. Nothing here stores or sends anything."""
-        settings, finished = self.settings, False
+        """Stream the model's answer into `reply` when its turn has come; ModelError if it fails.
+
+        Nothing here stores or sends anything.
+        """
+        if reply.ahead:
+            await asyncio.wait(reply.ahead)
+            reply.ahead = []
+        settings, report, clock = self.settings, reply.report, asyncio.get_running_loop().time
         turns = await self.store.read(Database.context, reply.row, settings.max_context_chars)
         if settings.system_prompt:
             turns.insert(0, {"role": "system", "content": settings.system_prompt})
-        async with aclosing(self.model(turns, reply.report)) as stream:
-            async for pieces in stream:
-                if reply.report.finish_reason is None:
-                    if pieces:  # keep-alive comments earn no time
-                        self._expect(reply, settings.model_timeout_seconds)
-                elif not finished:
-                    finished = True
-                    self._expect(reply, AFTER_FINISH_SECONDS)
-                    reply.timer.cancel()
-                    self._watch(reply)
-                if pieces:
-                    if not reply.pieces:
-                        self.metrics.first_token.observe(time.monotonic() - reply.created)
-                    if reply.add(pieces, settings.max_reply_chars):
-                        reply.report.finish_reason = "length"
-                        return
-                    self.rooms.grow(reply)
+        wait, end = settings.model_timeout_seconds, clock() + settings.max_reply_seconds
+        until = min(end, clock() + wait)
+        with_limit, model = asyncio.timeout_at(until), aclosing(self.model(turns, report))
+        try:
+            async with with_limit as limit, model as stream:
+                async for pieces in stream:
+                    at = clock()
+                    if report.finish_reason is not None:
+                        end = min(end, at + AFTER_FINISH_SECONDS)
+                        limit.reschedule(end)
+                    elif pieces and until < at + wait:  # keep-alive comments earn no time
+                        until = min(end, at + 1.1 * wait)  # more, so not with every piece: it costs
+                        limit.reschedule(until)
+                    if pieces:
+                        if not reply.pieces:
+                            self.metrics.first_token.observe(time.monotonic() - reply.created)
+                        cursor, cut = len(reply.pieces), reply.add(pieces, settings.max_reply_chars)
+                        self.grow(reply, cursor)
+                        if cut:
+                            report.finish_reason = "length"
+                            return
+        except TimeoutError:
+            raise ModelError("model_timeout", "no piece in time") from None
 
-    def _expect(self, reply: Reply, seconds: float) -> None:
-        reply.deadline = min(reply.last_deadline, time.monotonic() + seconds)
-
-    def _watch(self, reply: Reply) -> None:
-        """Stop a reply at its deadline, which moves on: cheaper than a timer for each piece."""
-        if (left := reply.deadline - time.monotonic()) > 0:
-            loop = asyncio.get_running_loop()
-            reply.timer = loop.call_later(left, self._watch, reply)
-        elif reply.report.finish_reason is not None:
-            self._stop(reply, Status.COMPLETE, reply.report.finish_reason)
-        else:
-            self._stop(reply, Status.FAILED, "model_timeout")
-
-    def _stop(self, reply: Reply, status: Status, reason: str | None = None) -> None:
-        """End `reply` with `status`, unless something else has already ended it."""
+    def _stop(self, reply: Reply, status: Status) -> None:
+        """End `reply` with `status`, unless it has already been stopped."""
         if reply.stopped is None:
-            reply.stopped = status, reason
-            if reply.task is not None:
-                reply.task.cancel()
-            else:
-                self._settle(reply, status, reason)
+            reply.stopped = status
+            reply.task.cancel()
 
     def _finished(self, reply: Reply, task: asyncio.Task[None]) -> None:
         """Read how the task ended: the one place where a reply's ending is decided.
 
         A done-callback, because a task that is cancelled before its first step never runs.
         """
-        reply.timer.cancel()
-        self.rooms.grow(reply)  # what the last read brought
         status, reason, error = Status.COMPLETE, reply.report.finish_reason, None
         if task.cancelled():
-            status, reason = reply.stopped or (Status.INTERRUPTED, None)
+            status, reason = reply.stopped or Status.INTERRUPTED, None
         elif (error := task.exception()) is not None and reason is None:
             reason = error.code if isinstance(error, ModelError) else "internal"
             status = Status.FAILED
@@ -984,19 +972,14 @@ class Chats:
             trace = error if reason == "internal" else None
             facts = {**reply.row.ids, "code": reason, "why": str(error)}
             event("the model failed", logging.WARNING, trace, **facts)
-        self._settle(reply, status, reason)
-
-    def _settle(self, reply: Reply, status: Status, reason: str | None) -> None:
-        """Store the ending, however long the database can't: an ending must not get lost."""
         reply.report.finish_reason = reason
-        facts = (reply.row.id, reply.text, status, reply.report)
-        self.store.write(partial(self._settled, reply), Database.settle, *facts, insist=True)
+        row = (reply.row.id, reply.text, status, reply.report)
+        self.store.write(partial(self._settled, reply), Database.settle, *row, insist=True)
 
     def _settled(self, reply: Reply, row: Message) -> None:
         """Announce the stored ending and give the next reply of the chat its turn."""
         del self.running[row.task_id]
-        self.lines[row.chat_id].remove(reply)
-        self.rooms.publish(reply.user_id, *ending(row))
+        self.publish(reply.user_id, *ending(row))
         reply.settled.set_result(row)
         self.metrics.replies.labels(row.status).inc()
         self.metrics.aborts.inc(row.status is Status.ABORTED)
@@ -1004,10 +987,6 @@ class Chats:
         self.metrics.duration.observe(time.monotonic() - reply.created)
         count = len(reply.pieces)
         event(row.status, user=reply.user_id, **row.ids, reason=row.finish_reason, pieces=count)
-        if self.lines[row.chat_id]:
-            self._advance(row.chat_id)
-        else:
-            del self.lines[row.chat_id]
 
     # The service's own life
 
@@ -1027,10 +1006,8 @@ class Chats:
 
     async def drain(self) -> None:
         """Promise 10: refuse what is new, let what runs finish, interrupt the rest."""
-        if self.draining:
-            return
         self.draining = True
-        late = [reply for reply in self.running.values() if reply.task is None]
+        late = [reply for reply in self.running.values() if reply.ahead]
         for seconds in (self.settings.drain_seconds, SETTLE_SECONDS):
             for reply in late:
                 self._stop(reply, Status.INTERRUPTED)
@@ -1038,12 +1015,9 @@ class Chats:
                 event("draining", replies=len(late))
                 await asyncio.wait([reply.settled for reply in late], timeout=seconds)
             late = list(self.running.values())
-        deadline = time.monotonic() + FLUSH_SECONDS  # for the endings to be sent; some may stall
-        rooms = self.rooms.by_user.values()
-        while time.monotonic() < deadline:
-            if not any(connection.outbox for room in rooms for connection in room):
-                break
-            await asyncio.sleep(0.01)
+        for _ in range(FLUSH_LOOKS):  # for the endings to be sent; some readers may stall
+            if any(connection.outbox for room in self.rooms.values() for connection in room):
+                await asyncio.sleep(0.01)
 
 
 # --- 6. Infrastructure: connections, the database, the model. Decides nothing. ---
@@ -1053,6 +1027,7 @@ RETRY_SECONDS = 1.0  # an ending that could not be stored is tried again
 BUSY_SECONDS = 5  # to wait for another process's lock on the database
 OWNER_SECONDS = 20.0  # to wait for another service to let the database go
 SCHEMA_VERSION = 1
+WIRE_ERRORS = (openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError, OSError)
 MAX_LINE_BYTES = 2**20  # of a model's stream
 FEW_STREAMS = 16  # up to here tokens are relayed one by one
 STREAM_PAUSE = 0.00035  # seconds between two reads of one stream, for each that there is
@@ -1071,19 +1046,17 @@ class Connection:
     sending = False
 
     def __init__(self, settings: Settings) -> None:
-        self.outbox: dict[object, str] = {}  # frames, in order; a reply is the key of its next one
+        # In order: frames, and under each reply that has grown the cursor that is sent next.
+        self.outbox: dict[Any, str | int] = {}
         # Characters. Well above the largest frame, or a long reply's ending would drop its reader.
         self._room = 8 * (settings.max_reply_chars + settings.max_message_chars) + 2**20
-        self._waiting: asyncio.Future[None] | None = None
+        self._changed: asyncio.Future[None] | None = None  # what the sender waits for
 
-    def _put(self, key: object, text: str) -> None:
+    def put(self, key: object, entry: str | int) -> None:
+        """Add what is to be sent; of a reply the first cursor since the last frame counts."""
         if self.closing is None:
-            self.outbox.setdefault(key, text)
+            self.outbox.setdefault(key, entry)
             self._wake()
-
-    def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
 
     def push(self, text: str) -> None:
         self._room -= len(text)
@@ -1091,81 +1064,28 @@ class Connection:
             self.outbox.clear()
             self.sending = True  # it counts as dropped
             self.close(1013, "too slow")
-        self._put(object(), text)
-
-    def grow(self, reply: Reply) -> None:
-        """Note that `reply` has pieces for this reader; what they are is looked up when sent."""
-        if reply.cursors.get(self, 0) < len(reply.pieces):
-            self._put(reply, "")
-
-    def sync(self, reply: Reply) -> None:
-        """Send the whole text so far; tokens go on from there."""
-        reply.cursors[self] = len(reply.pieces)
-        self.push(frame("sync", **reply.row.ids, content=reply.text, seq=len(reply.pieces)))
+        self.put(object(), text)
 
     def close(self, code: int, reason: str) -> None:
         self.closing = self.closing or (code, reason)
         self._wake()
+
+    def _wake(self) -> None:
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
 
     async def get(self) -> str | None:
         """Return the next frame, waiting for one; None when the connection is to be closed."""
         while not self.outbox:
             if self.closing is not None:
                 return None
-            self._waiting = asyncio.get_running_loop().create_future()
-            await self._waiting
-        text = self.outbox.pop(key := next(iter(self.outbox)))
-        if isinstance(key, Reply):
-            cursor, key.cursors[self] = key.cursors.get(self, 0), len(key.pieces)
-            return key.token_frame(cursor)
-        self._room += len(text)
-        return text
-
-
-class Rooms:
-    """Who is connected, by user. Publishing never raises and never waits."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.count = settings, 0
-        self.by_user: dict[str, dict[Connection, None]] = {}  # ordered sets
-
-    @contextmanager
-    def enter(self, user_id: str) -> Iterator[Connection]:
-        """Keep a connection while it lasts; ChatError `overloaded` at the limits."""
-        if len(self.by_user.get(user_id, ())) >= self.settings.max_connections_per_user:
-            raise ChatError("overloaded", "Too many connections of this user.")
-        if self.count >= self.settings.max_connections:
-            raise ChatError("overloaded", "Too many connections.")
-        connection = Connection(self.settings)
-        room = self.by_user.setdefault(user_id, {})
-        room[connection] = None
-        self.count += 1
-        try:
-            yield connection
-        finally:
-            self.count -= 1
-            connection.outbox.clear()
-            del room[connection]
-            if not room:
-                del self.by_user[user_id]
-
-    def publish(self, user_id: str, *frames: str) -> None:
-        for connection in self.by_user.get(user_id, ()):
-            for text in frames:
-                connection.push(text)
-
-    def grow(self, reply: Reply) -> None:
-        for connection in self.by_user.get(reply.user_id, ()):
-            connection.grow(reply)
-
-
-class Write(NamedTuple):
-    """An operation on its way to the writer, and whom its commit concerns."""
-
-    operation: Callable[[Database], Any]
-    then: Callable[[Any], None] | None
-    future: asyncio.Future[Any]
-    insist: bool  # try again until it is stored
+            self._changed = asyncio.get_running_loop().create_future()
+            await self._changed
+        entry = self.outbox.pop(key := next(iter(self.outbox)))
+        if isinstance(entry, int):
+            return str(key.token_frame(entry))
+        self._room += len(entry)
+        return entry
 
 
 class Store:
@@ -1174,7 +1094,7 @@ class Store:
 
     def __init__(self, writer: aiosqlite.Connection, reader: aiosqlite.Connection) -> None:
         self._writer, self._reader, self.metrics = writer, reader, Metrics()
-        self._queue: asyncio.Queue[Write | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[Operation, Callable[[Any], None]]] = asyncio.Queue()
 
     @classmethod
     @asynccontextmanager
@@ -1185,13 +1105,13 @@ class Store:
             async with connect() as writer, connect() as reader:
                 store = cls(writer, reader)
                 await store._run(writer, Database.prepare)
-                await store._run(reader, Database.prepare_reader)
+                await reader.executescript("PRAGMA query_only = ON; PRAGMA wal_autocheckpoint = 0")
                 task = asyncio.create_task(store._write_forever())
                 try:
                     yield store
                 finally:
-                    store._queue.put_nowait(None)
-                    await task
+                    await store._queue.join()
+                    task.cancel()
 
     async def read(self, query: Callable[..., T], *facts: Any) -> T:
         """Return `query(database, *facts)`; its ChatError, or sqlite3.Error."""
@@ -1209,8 +1129,25 @@ class Store:
         Before that `then` is called with its result, in the order of the commits. The future
         raises the operation's ChatError, which comes before its first write, or sqlite3.Error.
         """
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(Write(lambda db: operation(db, *facts), then, future, insist))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def announce(outcome: Any) -> None:
+            failed = isinstance(outcome, Exception)
+            if failed and insist:
+                event("not stored yet", logging.ERROR, why=repr(outcome))
+                loop.call_later(RETRY_SECONDS, self._queue.put_nowait, entry)
+                return
+            try:
+                if then is not None and not failed:
+                    then(outcome)
+            except Exception:
+                log.exception("an announcement failed")
+            if not future.done():  # the caller may have been cancelled; what is committed is true
+                future.set_exception(outcome) if failed else future.set_result(outcome)
+
+        entry = (lambda database: operation(database, *facts)), announce
+        self._queue.put_nowait(entry)
         return future
 
     async def _run(self, connection: aiosqlite.Connection, call: Callable[[Database], T]) -> T:
@@ -1220,36 +1157,18 @@ class Store:
         return await run(call, Database(connection._conn))  # noqa: SLF001
 
     async def _write_forever(self) -> None:
-        """Commit what is queued, as much as there is at once, until None. Never cancelled."""
-        while (write := await self._queue.get()) is not None:
-            batch = [write]
+        """Commit what is queued, as much as there is at once. Cancelled only when idle."""
+        while True:
+            batch = [await self._queue.get()]
             while len(batch) < MAX_BATCH and not self._queue.empty():
-                if (write := self._queue.get_nowait()) is None:
-                    self._queue.put_nowait(None)
-                    break
-                batch.append(write)
-            started = time.monotonic()
-            outcomes = await self._run(self._writer, partial(Database.commit, batch=batch))
-            self.metrics.commits.inc()
+                batch.append(self._queue.get_nowait())
+            operations, announcements = zip(*batch, strict=True)
+            with self.metrics.latency.time():  # its count is that of the commits
+                outcomes = await self._run(self._writer, partial(Database.commit, batch=operations))
             self.metrics.operations.inc(len(batch))
-            self.metrics.latency.observe(time.monotonic() - started)
-            for done, outcome in zip(batch, outcomes, strict=True):
-                self._announce(done, outcome)
-
-    def _announce(self, write: Write, outcome: Any) -> None:
-        """Tell the outcome. The caller may have been cancelled; what is committed is true."""
-        failed = isinstance(outcome, Exception)
-        if failed and write.insist:
-            event("not stored yet", logging.ERROR, why=repr(outcome))
-            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._queue.put_nowait, write)
-            return
-        try:
-            if write.then is not None and not failed:
-                write.then(outcome)
-        except Exception:
-            log.exception("an announcement failed")
-        if not write.future.done():
-            write.future.set_exception(outcome) if failed else write.future.set_result(outcome)
+            for announce, outcome in zip(announcements, outcomes, strict=True):
+                announce(outcome)
+                self._queue.task_done()
 
 
 @contextmanager
@@ -1314,11 +1233,7 @@ class Database:
         except sqlite3.Error as error:
             raise StartError(f"DATABASE_URL: cannot use the database: {error}") from None
 
-    def prepare_reader(self) -> None:
-        self.one("PRAGMA query_only = ON")
-        self.one("PRAGMA wal_autocheckpoint = 0")
-
-    def commit(self, batch: list[Write]) -> list[Any]:
+    def commit(self, batch: Sequence[Operation]) -> list[Any]:
         """Run `batch` in one transaction; return each operation's result or exception.
 
         If that fails, the operations run one by one, so that only the bad one fails. If it can't
@@ -1327,9 +1242,9 @@ class Database:
         outcomes: list[Any] = []
         try:
             self.one("BEGIN IMMEDIATE")
-            for write in batch:
+            for operation in batch:
                 try:
-                    outcomes.append(write.operation(self))
+                    outcomes.append(operation(self))
                 except ChatError as error:
                     outcomes.append(error)
             self.one("COMMIT")
@@ -1339,7 +1254,7 @@ class Database:
                 self.one("ROLLBACK")
             if len(batch) == 1 or not began:
                 return [error] * len(batch)
-            return [outcome for write in batch for outcome in self.commit([write])]
+            return [outcome for each in batch for outcome in self.commit([each])]
         return outcomes
 
     def ping(self) -> None:
@@ -1479,9 +1394,8 @@ class Database:
                  AND status <> 'streaming' ORDER BY id DESC"""
         turns: list[Turn] = []
         answered: set[int] = set()
-        for content, is_ai, reply_to in self.connection.execute(
-            sql, (reply.chat_id, reply.reply_to)
-        ):
+        rows = self.connection.execute(sql, (reply.chat_id, reply.reply_to))
+        for content, is_ai, reply_to in rows:
             if not is_ai or reply_to not in answered:
                 answered.add(reply_to)
                 limit -= len(content)
@@ -1505,6 +1419,7 @@ class Database:
 
 
 Admit = Callable[[int, int], None]
+Operation = Callable[[Database], Any]
 
 
 class OpenAIModel:
@@ -1517,7 +1432,6 @@ class OpenAIModel:
 
     def __init__(self, settings: Settings, base_url: str | None, api_key: str, name: str) -> None:
         self._name, self._key, self._asks_usage, self._streams = name, api_key, True, 0
-        self._resting: dict[float, list[asyncio.Transport]] = {}  # by the time of their next read
         # Reading has no limit here: comments would reset it; `Chats` times the pieces. An
         # http_client of one's own comes without the SDK's limits, so they are set.
         timeout = httpx2.Timeout(None, connect=10.0)
@@ -1541,8 +1455,7 @@ class OpenAIModel:
                 self._streams += 1
                 # aiohttp is read directly: each layer over it costs as much as parsing a token.
                 # Where there is something else under the SDK, or a coding, the layers do it.
-                layer = getattr(response.stream, "_stream", None)
-                http = getattr(layer, "_aiohttp_response", None)
+                http = getattr(getattr(response.stream, "_stream", None), "_aiohttp_response", None)
                 if "content-encoding" in response.headers:
                     http = None
                 read = http.content.readany if http else partial(anext, response.aiter_bytes(), b"")
@@ -1553,13 +1466,7 @@ class OpenAIModel:
                 yield stream.feed(b"\n", last=True)
                 if stream.fault is not None:
                     raise stream.fault
-        except (
-            ModelError,
-            openai.OpenAIError,
-            httpx2.HTTPError,
-            aiohttp.ClientError,
-            OSError,
-        ) as e:
+        except (ModelError, *WIRE_ERRORS) as e:
             words = f"{type(e).__name__}: {e}"[:500].replace(self._key, "[key]")
             raise ModelError(model_code(e, opened=opened), words) from e
         finally:
@@ -1589,15 +1496,12 @@ class OpenAIModel:
             loop, pause = asyncio.get_running_loop(), min(self._streams * STREAM_PAUSE, MAX_PAUSE)
             at = int((loop.time() + pause) / PAUSE_STEP + 1) * PAUSE_STEP
             transport.pause_reading()
-            if at not in self._resting:
-                self._resting[at] = []
-                loop.call_at(at, self._wake, at)
-            self._resting[at].append(transport)
+            loop.call_at(at, wake, transport)
 
-    def _wake(self, at: float) -> None:
-        for transport in self._resting.pop(at):
-            if not transport.is_closing():
-                transport.resume_reading()
+
+def wake(transport: asyncio.Transport) -> None:
+    if not transport.is_closing():
+        transport.resume_reading()
 
 
 def model_code(error: Exception, *, opened: bool) -> str:
@@ -1736,29 +1640,23 @@ async def open_model(settings: Settings) -> AsyncIterator[tuple[str, Model]]:
                 yield "demo", demo_model
                 return
             name, key = "smollm2", str(uuid.uuid4())  # or any page in a browser could use it
-            url = await stack.enter_async_context(local_server(key))
+            event("loading the local model")
+            script, pipe = HERE / "deploy" / "local_model.py", asyncio.subprocess.PIPE
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, script, key, stdin=pipe, stdout=pipe
+            )
+            assert process.stdin is not None
+            assert process.stdout is not None
+            stack.push_async_callback(process.wait)
+            stack.callback(process.stdin.close)  # tells it that we are gone, also if killed
+            if not (address := (await process.stdout.readline()).decode().strip()):
+                raise StartError(
+                    "the local model did not start; without the extra the demo answers"
+                )
+            url = f"{address}/v1"
         model = OpenAIModel(settings, url, key, name)
         stack.push_async_callback(model.close)
         yield name, model
-
-
-@asynccontextmanager
-async def local_server(key: str) -> AsyncIterator[str]:
-    """Run the `local` extra's model in a process of its own; yield its base URL."""
-    event("loading the local model")
-    script, pipe = HERE / "deploy" / "local_model.py", asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, script, key, stdin=pipe, stdout=pipe
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        if not (address := (await process.stdout.readline()).decode().strip()):
-            raise StartError("the local model did not start; without the extra the demo answers")
-        yield f"{address}/v1"
-    finally:
-        process.stdin.close()  # which tells it that we are gone, also if we were killed
-        await process.wait()
 
 
 class Metrics:
@@ -1775,7 +1673,6 @@ class Metrics:
         self.replies = counter("chat_replies", "Replies that ended, by status", ["status"])
         self.aborts = counter("chat_aborts", "Replies that somebody stopped")
         self.tokens = counter("chat_tokens", "Pieces that the model has sent, of ended replies")
-        self.commits = counter("chat_commits", "Transactions committed or rolled back")
         self.operations = counter("chat_operations", "Operations in those transactions")
         self.dropped = counter("chat_dropped_readers", "Connections that did not read")
         self.first_token = times("chat_first_token_seconds", "From a message to its first piece")
@@ -1822,10 +1719,9 @@ def set_up_logging(settings: Settings) -> None:
     """Log our events from LOG_LEVEL up, and others' warnings."""
     logging.basicConfig(handlers=[EventLog(settings.log_format)], level="WARNING", force=True)
     log.setLevel(settings.log_level)
-    # Not worth a traceback: a client's broken UTF-8 (it is closed with 1007), and a start that
-    # failed for a reason that is told in one sentence.
-    told = re.compile(r"Invalid UTF-8|StartError|Application startup failed")
-    logging.getLogger("uvicorn.error").addFilter(lambda entry: not told.search(entry.getMessage()))
+    # A client's broken UTF-8 is not worth a traceback: it is closed with 1007.
+    uvicorn_log = logging.getLogger("uvicorn.error")
+    uvicorn_log.addFilter(lambda entry: "Invalid UTF-8" not in entry.getMessage())
 
 
 # --- 7. Composition: the parts put together, and the process around them. ---
@@ -1834,10 +1730,24 @@ HEAD_SECONDS = 10
 CDN = "https://cdn.jsdelivr.net/npm/"  # the docs' scripts: npm packages, held by their hashes
 
 
-def static(text: str, media: str, policy: str = "default-src 'none'") -> Handler:
-    """Return a handler that serves `text` under a Content-Security-Policy."""
+def static(name: str, *policy: str) -> Handler:
+    """Return a handler that serves a file, whose own inline scripts and styles may run, no others.
+
+    `policy` has more Content-Security-Policy directives; HASHES in them stands for the file's own.
+    """
+    text, media = (HERE / name).read_text("utf-8"), "text/html"
+    if name.endswith(".yaml"):
+        text, media = to_json(yaml.safe_load(text)).decode(), "application/json"
+    inline = re.findall(r"<(?:script|style)>(.*?)</(?:script|style)>", text, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(each.encode()).digest()) for each in inline]
+    rules = (
+        "default-src 'none'; connect-src 'self'; form-action 'none'; base-uri 'none'",
+        "frame-ancestors 'none'",
+        *policy,
+    )
+    own = " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
     headers = {
-        "Content-Security-Policy": f"{policy}; base-uri 'none'; frame-ancestors 'none'",
+        "Content-Security-Policy": "; ".join(rules).replace("HASHES", own),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "same-origin",
         "Cache-Control": "no-cache",
@@ -1849,36 +1759,20 @@ def static(text: str, media: str, policy: str = "default-src 'none'") -> Handler
     return handler
 
 
-def page(name: str, *policy: str) -> Handler:
-    """Return the handler of an HTML file, whose own inline scripts and styles may run, no others.
-
-    `policy` has more Content-Security-Policy directives; HASHES in them stands for the file's own.
-    """
-    html = (HERE / name).read_text("utf-8")
-    digests = [
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in re.findall(r"<(?:script|style)>(.*?)</(?:script|style)>", html, re.DOTALL)
-    ]
-    rules = "; ".join(["default-src 'none'", "connect-src 'self'", "form-action 'none'", *policy])
-    own = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return static(html, "text/html", rules.replace("HASHES", own))
-
-
 class AnyConvertor(PathConvertor):
     """Matches whatever stands for a user id, so that a / or a line break is told as its fault."""
 
     regex = "(?s:.*)"
 
 
-def routes(api: Endpoints) -> list[Route | WebSocketRoute]:
-    """Return every path of PROTOCOL.md."""
+def create_app(settings: Settings, api: Endpoints) -> Starlette:
+    """Return the ASGI application with every path of PROTOCOL.md."""
     register_url_convertor("any", AnyConvertor())
-    document = to_json(yaml.safe_load((HERE / "openapi.yaml").read_text("utf-8"))).decode()
     looks = f"style-src 'unsafe-inline' {CDN}; img-src data: https:; font-src data:"
     docs = (f"script-src HASHES {CDN}; worker-src blob:", looks)
     own = "script-src HASHES; style-src HASHES; img-src data:"
     chat = "/api/chats/{chat_id}"
-    return [
+    routes = [
         WebSocketRoute("/ws/{user_id:any}", api),
         api.route("/api/chats", POST=api.post_chat),
         api.route(chat, GET=api.get_chat, PATCH=api.patch_chat, DELETE=api.delete_chat),
@@ -1889,50 +1783,57 @@ def routes(api: Endpoints) -> list[Route | WebSocketRoute]:
         api.route("/api/users/{user_id:any}/search", GET=api.get_search),
         api.route("/health", GET=api.get_health),
         api.route("/metrics", GET=api.get_metrics),
-        api.route("/openapi.json", GET=static(document, "application/json")),
-        api.route("/docs", GET=page("docs/swagger.html", *docs)),
-        api.route("/redoc", GET=page("docs/redoc.html", *docs)),
-        api.route("/", GET=page("chat.html", own)),
+        api.route("/openapi.json", GET=static("openapi.yaml")),
+        api.route("/docs", GET=static("docs/swagger.html", *docs)),
+        api.route("/redoc", GET=static("docs/redoc.html", *docs)),
+        api.route("/", GET=static("chat.html", own)),
     ]
-
-
-def create_app(settings: Settings) -> Starlette:
-    """Return the service as an ASGI application; its lifespan opens and closes all it needs."""
-    api = Endpoints(settings)
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            try:
-                path = settings.database_url.partition(":///")[2]
-                store = await stack.enter_async_context(Store.open(path))
-                model = await stack.enter_async_context(open_model(settings))
-            except StartError as error:
-                app.state.start_error = error
-                raise
-            chats = api.chats = app.state.chats = Chats(settings, store, *model)
-            checkpoints = asyncio.create_task(chats.checkpoint_forever())
-            yield
-            await chats.drain()  # done already, where our Server runs the application
-            checkpoints.cancel()
-
     methods, headers = ["GET", "POST", "PATCH", "DELETE"], ["Authorization", "Content-Type"]
     shown = ["Link", "Location", "Retry-After"]
     cors = Middleware(ListedOrigins, settings.origins, methods, headers, expose_headers=shown)
-    known = (ChatError, HTTPException, sqlite3.Error, ClientDisconnect, Exception)
-    errors = dict.fromkeys(known, on_error)
-    app = Starlette(False, routes(api), [cors], errors, lifespan)
+    known = (ChatError, HTTPException, sqlite3.Error, ClientDisconnect, TimeoutError, Exception)
+    app = Starlette(False, routes, [cors], dict.fromkeys(known, on_error))
     app.router.redirect_slashes = False
-    app.state.start_error = None
     return app
 
 
 class Server(uvicorn.Server):
-    """uvicorn with promise 10: replies are drained before sockets are closed."""
+    """uvicorn, with the service's parts open around it and promise 10: drained before closed."""
 
-    def __init__(self, config: uvicorn.Config, app: Starlette) -> None:
-        super().__init__(config)
-        self.app, self._silent = app, set[Any]()
+    def __init__(self, settings: Settings) -> None:
+        """Bind the socket; StartError if it can't be had."""
+        self.api, self._silent = Endpoints(settings), set[Any]()
+        try:
+            found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+            listener = socket.create_server(found[0][4][:2], family=found[0][0], backlog=2048)
+        except OSError as error:
+            place = f"HOST, PORT: cannot listen on {settings.host}:{settings.port}"
+            raise StartError(f"{place}: {error.strerror}") from None
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # The kernel drops a reader that takes nothing (accepted sockets inherit this): neither
+            # pings nor `transport.close()` get past its full buffer.
+            patience = int(settings.slow_reader_seconds * 1000)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+        host, port = listener.getsockname()[:2]
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.listener = listener
+        # h11: httptools would take headers of any size. No deflate: half the memory when idle.
+        super().__init__(uvicorn.Config(
+            create_app(settings, self.api), http="h11", h11_max_incomplete_event_size=32_768,
+            ws="websockets-sansio", ws_max_size=settings.max_frame_bytes,
+            ws_per_message_deflate=False, access_log=False, log_config=None, proxy_headers=False,
+            server_header=False, timeout_graceful_shutdown=3, lifespan="off",
+        ))  # fmt: skip
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open what the service needs, serve, close it; StartError if something can't be had."""
+        settings = self.api.settings
+        path = settings.database_url.partition(":///")[2]
+        async with Store.open(path) as store, open_model(settings) as model:
+            self.api.chats = Chats(settings, store, *model)
+            checkpoints = asyncio.create_task(self.api.chats.checkpoint_forever())
+            await super().serve(sockets or [self.listener])
+            checkpoints.cancel()
 
     async def on_tick(self, counter: int) -> bool:
         """Close connections that have not sent the head of a request in two looks at them."""
@@ -1946,56 +1847,22 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        name, address = self.app.state.chats.model_name, self.app.state.address
+        name = self.api.chats.model_name
         hint = " (it understands nothing: set OPENAI_API_KEY for a model)" * (name == "demo")
-        print(f"chat_app {VERSION} listens on {address}")
-        print(f"  model    {name}{hint}\n  docs     {address}/docs", flush=True)
+        print(f"chat_app {VERSION} listens on {self.address}")
+        print(f"  model    {name}{hint}\n  docs     {self.address}/docs", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()
-        await self.app.state.chats.drain()
+        await self.api.chats.drain()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """End gently at the first signal; at once at the second Ctrl-C, or if nothing runs yet."""
-        if not self.started:
-            os._exit(0)
+        """End gently at the first signal, at once at the second Ctrl-C."""
         if self.should_exit and sig == signal.SIGINT:
             os._exit(130)  # what is committed is safe, the rest is recovered at the next start
         super().handle_exit(sig, frame)
-
-
-def make_server(settings: Settings) -> tuple[Server, socket.socket]:
-    """Return the server and the bound socket to run it on; StartError if that can't be had."""
-    app = create_app(settings)
-    try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
-        listener = socket.create_server(found[0][4][:2], family=found[0][0], backlog=2048)
-    except OSError as error:
-        place = f"HOST, PORT: cannot listen on {settings.host}:{settings.port}"
-        raise StartError(f"{place}: {error.strerror}") from None
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        # The kernel drops a reader that takes nothing (accepted sockets inherit this): neither
-        # pings nor `transport.close()` get past its full buffer.
-        patience = int(settings.slow_reader_seconds * 1000)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
-    config = uvicorn.Config(
-        app,
-        http="h11",  # httptools would take headers of any size
-        h11_max_incomplete_event_size=32_768,
-        ws="websockets-sansio",
-        ws_max_size=settings.max_frame_bytes,
-        ws_per_message_deflate=False,  # half the memory of an idle connection
-        access_log=False,
-        log_config=None,
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=3,
-    )
-    host, port = listener.getsockname()[:2]
-    app.state.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    return Server(config, app), listener
 
 
 def load_settings() -> Settings:
@@ -2019,12 +1886,7 @@ def serve(settings: Settings) -> None:
     # uvicorn raises the signal that ended it once more when it is done: that is a clean end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
-    server, listener = make_server(settings)
-    try:
-        server.run([listener])
-    finally:
-        if server.app.state.start_error is not None:
-            raise server.app.state.start_error
+    Server(settings).run()
 
 
 def main(arguments: list[str]) -> int:
@@ -2033,7 +1895,7 @@ def main(arguments: list[str]) -> int:
         match arguments, load_settings():
             case [], settings:
                 serve(settings)
-            case ["token", user_id], Settings(jwt_secret=SecretStr() as secret):
+            case ["token", user_id], Settings(jwt_secret=SecretBytes() as secret):
                 user = validate(NewChat, {"user_id": user_id}).user_id
                 claims = {"sub": user, "exp": int(time.time()) + 86_400}  # for a day
                 print(jwt.encode(claims, secret.get_secret_value(), "HS256"))

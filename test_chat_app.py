@@ -300,10 +300,10 @@ class Service(Peer):
     """The service in a thread of this process, with its own event loop, on a real socket."""
 
     def __init__(self, settings: Settings) -> None:
-        self.server, self._listener = chat_app.make_server(settings)
-        self.address = self.server.app.state.address
+        self.server = chat_app.Server(settings)
+        self.address = self.server.address
         self.database = Path(settings.database_url.partition(":///")[2])
-        self._thread = threading.Thread(target=self.server.run, args=([self._listener],))
+        self._thread = threading.Thread(target=self.server.run)
 
     async def __aenter__(self) -> Self:
         self._thread.start()
@@ -1269,9 +1269,10 @@ async def test_promise_9_also_after_the_chat_is_deleted(
 async def test_openapi_yaml_lists_what_the_service_routes(shared: Service) -> None:
     """Every path and method of the application is in openapi.yaml, and the other way round; it
     is served as /openapi.json; its own examples keep its schemas."""
+    app = chat_app.create_app(settings := Settings(), chat_app.Endpoints(settings))
     served = {
         (re.sub(r":\w+}", "}", route.path), method)
-        for route in shared.server.app.routes
+        for route in app.routes
         if isinstance(route, Route)
         for method in (route.methods or set()) - {"HEAD"}
     }
