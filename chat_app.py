@@ -784,10 +784,15 @@ class Chats:
             for text in frames:
                 connection.push(text)
 
-    def grow(self, reply: Reply, cursor: int) -> None:
-        """Note that `reply` has more than `cursor` pieces; which ones is looked up when sent."""
-        for connection in self.rooms.get(reply.user_id, ()):
-            connection.put(reply, cursor)
+    def grow(self, reply: Reply, pieces: list[str]) -> bool:
+        """Append `pieces` and note it for all who read; True if MAX_REPLY_CHARS cut any."""
+        if not reply.pieces:
+            self.metrics.first_token.observe(time.monotonic() - reply.created)
+        cursor, cut = len(reply.pieces), reply.add(pieces, self.settings.max_reply_chars)
+        if cursor < len(reply.pieces):
+            for connection in self.rooms.get(reply.user_id, ()):
+                connection.put(reply, cursor)
+        return cut
 
     def tell(self, chat: Chat) -> None:
         self.publish(chat.user_id, frame("chat", chat=chat))
@@ -928,10 +933,9 @@ class Chats:
         if settings.system_prompt:
             turns.insert(0, {"role": "system", "content": settings.system_prompt})
         wait, end = settings.model_timeout_seconds, clock() + settings.max_reply_seconds
-        until = min(end, clock() + wait)
-        with_limit, model = asyncio.timeout_at(until), aclosing(self.model(turns, report))
+        until, answer = min(end, clock() + wait), aclosing(self.model(turns, report))
         try:
-            async with with_limit as limit, model as stream:
+            async with asyncio.timeout_at(until) as limit, answer as stream:
                 async for pieces in stream:
                     at = clock()
                     if report.finish_reason is not None:
@@ -940,14 +944,9 @@ class Chats:
                     elif pieces and until < at + wait:  # keep-alive comments earn no time
                         until = min(end, at + 1.1 * wait)  # more, so not with every piece: it costs
                         limit.reschedule(until)
-                    if pieces:
-                        if not reply.pieces:
-                            self.metrics.first_token.observe(time.monotonic() - reply.created)
-                        cursor, cut = len(reply.pieces), reply.add(pieces, settings.max_reply_chars)
-                        self.grow(reply, cursor)
-                        if cut:
-                            report.finish_reason = "length"
-                            return
+                    if pieces and self.grow(reply, pieces):
+                        report.finish_reason = "length"
+                        return
         except TimeoutError:
             raise ModelError("model_timeout", "no piece in time") from None
 
@@ -1548,13 +1547,13 @@ class ChunkStream:
                 elif line.startswith(b"data:"):
                     pieces += self._parse(line)
                 if self.done:
-                    self._rest = b""
                     break
             if len(self._rest) > MAX_LINE_BYTES:
                 raise ModelError("model_error", "a line of the stream is too long")
         except (ModelError, UnicodeDecodeError) as error:
             self.done, self.fault = True, ModelError("model_error", str(error))
-            self._rest = b""  # what follows a fault is not read
+        if self.done:
+            self._rest = b""  # what follows the end, or a fault, is not read
         if last and self._held:
             pieces.append(clean(self._held))
         return pieces

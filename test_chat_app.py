@@ -880,13 +880,27 @@ async def test_a_server_that_knows_no_stream_options_is_not_asked_again(
     assert asked == [True, False, False]
 
 
-async def test_a_long_reply_is_cut(settings: Make, upstream: Upstream) -> None:
+@pytest.mark.parametrize("limit", [5, 8])  # between two pieces, and within one
+async def test_a_long_reply_is_cut(settings: Make, upstream: Upstream, limit: int) -> None:
     """Over MAX_REPLY_CHARS a reply is complete with `length`, and the model is told to stop."""
-    upstream.scripts = [Held("12345", "67890", "more")]
-    async with Service(settings(max_reply_chars=8)) as service, service.connect() as client:
-        message, reply = await client.say("Hi"), await client.reply()
+    seen = asyncio.Event()
+
+    async def endless(exchange: Exchange) -> None:
+        await exchange.start()
+        await exchange.say("12345")
+        await seen.wait()
+        await exchange.say("67890", "more")
+        await exchange.left.wait()
+
+    upstream.scripts = [endless]
+    async with Service(settings(max_reply_chars=limit)) as service, service.connect() as client:
+        message = await client.say("Hi")
+        await client.until("token")
+        seen.set()
+        reply = await client.reply()
         assert (reply["status"], reply["finish_reason"]) == ("complete", "length")
-        assert reply["content"] == text_of(client, message["task_id"]) == "12345678"
+        assert reply["content"] == text_of(client, message["task_id"]) == "1234567890"[:limit]
+        assert all(frame["token"] for frame in client.frames if frame["type"] == "token")
         await left(upstream.exchanges[0])
 
 
