@@ -319,7 +319,8 @@ class NewChat(Wire):
     title: Title | None = None
 
 
-Action = SendMessage | Abort | Regenerate
+Ask = SendMessage | Regenerate  # for a reply
+Action = Ask | Abort
 ACTIONS: dict[str, type[Action]]
 ACTIONS = {"send_message": SendMessage, "abort": Abort, "regenerate": Regenerate}
 W = TypeVar("W", bound=Wire)
@@ -657,25 +658,22 @@ class Endpoints:
         ids = [row.task_id for row in rows if row.status is Status.ABORTED]
         if not ids:
             raise ChatError("not_running", "The reply ended before it could be stopped.")
-        return respond(
-            {"status": "aborted", "chat_id": chat_id, "task_id": ids[0], "task_ids": ids}
-        )
+        told = {"status": "aborted", "chat_id": chat_id, "task_id": ids[0], "task_ids": ids}
+        return respond(told)
 
     async def post_message(self, request: Request, user: str | None) -> Response:
         chat_id = path_id(request)
         action = await self.read_body(request, SendMessage, chat_id=chat_id)
-        return await self.answer(request, user, action, chat_id)
+        return await self.answer(request, user, action)
 
     async def post_regenerate(self, request: Request, user: str | None) -> Response:
-        chat_id = path_id(request)
-        return await self.answer(request, user, Regenerate(chat_id=chat_id), chat_id)
+        return await self.answer(request, user, Regenerate(chat_id=path_id(request)))
 
-    async def answer(
-        self, request: Request, user: str | None, action: SendMessage | Regenerate, chat_id: int
-    ) -> Response:
+    async def answer(self, request: Request, user: str | None, action: Ask) -> Response:
         """Answer with the ended reply or, where events are accepted, with its frames."""
-        user_id = user or (await self.chats.store.read(Database.own_chat, None, chat_id)).user_id
-        message = (await self.chats.send(user_id, action)).message
+        if user is None:
+            user = (await self.chats.store.read(Database.own_chat, None, action.chat_id)).user_id
+        message = (await self.chats.send(user, action)).message
         if "text/event-stream" in request.headers.get("accept", "").lower():
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(self.events(message), 200, headers, "text/event-stream")
@@ -698,11 +696,11 @@ class Endpoints:
             yield f"event: {kind}\ndata: {text}\n\n"
 
     async def get_health(self, _request: Request, _user: str | None) -> Response:
+        chats = self.chats
         async with asyncio.timeout(HEALTH_SECONDS):
-            await self.chats.store.read(Database.ping)
-        counts = {"connections": self.chats.connections, "replies": len(self.chats.running)}
-        facts = {"status": "ok", "model": self.chats.model_name, **counts, "version": VERSION}
-        return respond(facts)
+            await chats.store.read(Database.ping)
+        counts = {"connections": chats.connections, "replies": len(chats.running)}
+        return respond({"status": "ok", "model": chats.model_name, **counts, "version": VERSION})
 
     async def get_metrics(self, _request: Request, _user: str | None) -> Response:
         media = prometheus.CONTENT_TYPE_PLAIN_0_0_4
@@ -822,7 +820,7 @@ class Chats:
             buckets.pop(user_id, None)
             buckets[user_id] = full_at
 
-    async def send(self, user_id: str, action: SendMessage | Regenerate) -> Accepted:
+    async def send(self, user_id: str, action: Ask) -> Accepted:
         """Store a message (or take the chat's last one) and its reply, echo it, start the reply.
 
         ChatError `invalid_frame`, `chat_not_found`, `busy`, `overloaded`, `rate_limited`, or
@@ -1183,12 +1181,11 @@ def sole_owner(path: str) -> Iterator[None]:
     with os.fdopen(lock):
         deadline = time.monotonic() + OWNER_SECONDS
         while sys.platform != "win32":
-            try:
+            with suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StartError(f"DATABASE_URL: another service uses {path}") from None
+            if time.monotonic() > deadline:
+                raise StartError(f"DATABASE_URL: another service uses {path}")
             time.sleep(0.05)
         yield
 
@@ -1431,6 +1428,7 @@ class OpenAIModel:
 
     def __init__(self, settings: Settings, base_url: str | None, api_key: str, name: str) -> None:
         self._name, self._key, self._asks_usage, self._streams = name, api_key, True, 0
+        self._resting: dict[float, list[asyncio.Transport]] = {}  # by the time of their next read
         # Reading has no limit here: comments would reset it; `Chats` times the pieces. An
         # http_client of one's own comes without the SDK's limits, so they are set.
         timeout = httpx2.Timeout(None, connect=10.0)
@@ -1495,12 +1493,15 @@ class OpenAIModel:
             loop, pause = asyncio.get_running_loop(), min(self._streams * STREAM_PAUSE, MAX_PAUSE)
             at = int((loop.time() + pause) / PAUSE_STEP + 1) * PAUSE_STEP
             transport.pause_reading()
-            loop.call_at(at, wake, transport)
+            if at not in self._resting:
+                self._resting[at] = []
+                loop.call_at(at, self._wake, at)
+            self._resting[at].append(transport)
 
-
-def wake(transport: asyncio.Transport) -> None:
-    if not transport.is_closing():
-        transport.resume_reading()
+    def _wake(self, at: float) -> None:
+        for transport in self._resting.pop(at):
+            if not transport.is_closing():
+                transport.resume_reading()
 
 
 def model_code(error: Exception, *, opened: bool) -> str:
