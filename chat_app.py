@@ -37,7 +37,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -202,13 +202,12 @@ Model = Callable[[list[Turn], Report], Pieces]
 class Reply:
     """A reply that runs or waits. Only the event loop touches it."""
 
-    task: asyncio.Task[None]
+    task: asyncio.Task[None] | None = None  # None: waiting for its turn
     stopped: Status | None = None  # as somebody else than the model ended it
     chars = saved = 0  # characters so far; pieces in the last checkpoint
 
-    def __init__(self, user_id: str, row: Message, ahead: list[Reply]) -> None:
+    def __init__(self, user_id: str, row: Message) -> None:
         self.user_id, self.row, self.report = user_id, row, Report()
-        self.ahead = [each.settled for each in ahead]  # its turn comes when these are done
         self.pieces: list[str] = []  # only grows; its length is PROTOCOL.md's `seq`
         self.settled: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self.created = time.monotonic()
@@ -704,11 +703,10 @@ class Endpoints:
 
     async def get_metrics(self, _request: Request, _user: str | None) -> Response:
         media = prometheus.CONTENT_TYPE_PLAIN_0_0_4
-        metrics, replies = self.chats.metrics, self.chats.running.values()
-        waiting = sum(bool(reply.ahead) for reply in replies)
+        metrics, running = self.chats.metrics, len(self.chats.lines)
         metrics.connections.set(self.chats.connections)
-        metrics.running.set(len(replies) - waiting)
-        metrics.waiting.set(waiting)
+        metrics.running.set(running)
+        metrics.waiting.set(len(self.chats.running) - running)
         return Response(prometheus.generate_latest(metrics.registry), media_type=media)
 
 
@@ -741,6 +739,7 @@ class Chats:
     """The application: accepts messages, runs replies, ends them, tells whom it concerns.
 
     `running` has every reply that runs or waits, by task id: the dict that aborts look in.
+    `lines` has them by chat, in order: the first is written, the others wait.
     """
 
     def __init__(self, settings: Settings, store: Store, name: str, model: Model) -> None:
@@ -748,6 +747,7 @@ class Chats:
         self.metrics, self.connections = store.metrics, 0
         self.rooms: dict[str, dict[Connection, None]] = {}  # who is connected, by user, in order
         self.running: dict[str, Reply] = {}
+        self.lines: dict[int, list[Reply]] = {}
         self.draining = False
         self._full_at: dict[str, float] = {}  # users' token buckets, the longest silent first
 
@@ -846,7 +846,7 @@ class Chats:
         elif task is None:
             raise ChatError("invalid_frame", "task_id: is required, or chat_id")
         task = task and task.lower()
-        found = self.of_chat(chat_id or 0) if task is None else [self.running.get(task)]
+        found = [self.running.get(task)] if task is not None else self.lines.get(chat_id or 0, [])
         replies = [
             each
             for each in found
@@ -888,7 +888,7 @@ class Chats:
         deleted = None
         while deleted is None:  # a message may arrive between the stop and the delete
             await self.store.read(Database.own_chat, user, chat_id)
-            replies = self.of_chat(chat_id)
+            replies = list(self.lines.get(chat_id, ()))
             for reply in replies:
                 self._stop(reply, Status.ABORTED)
             await self.ended(replies)
@@ -897,9 +897,6 @@ class Chats:
     def _deleted(self, chat: Chat | None) -> None:
         if chat is not None:
             self.publish(chat.user_id, frame("chat_deleted", chat_id=chat.id))
-
-    def of_chat(self, chat_id: int) -> list[Reply]:
-        return [reply for reply in self.running.values() if reply.row.chat_id == chat_id]
 
     # The life of a reply
 
@@ -910,22 +907,22 @@ class Chats:
         if accepted.chat is not None:
             self.tell(accepted.chat)
         self.publish(user_id, frame("message", message=accepted.message))
-        reply = Reply(user_id, accepted.reply, self.of_chat(accepted.reply.chat_id))
-        self.running[reply.row.task_id] = reply
+        reply = self.running[accepted.reply.task_id] = Reply(user_id, accepted.reply)
+        self.lines.setdefault(reply.row.chat_id, []).append(reply)
         event("accepted", user=user_id, **reply.row.ids)
-        reply.task = asyncio.create_task(self._answer(reply))
-        reply.task.add_done_callback(partial(self._finished, reply))
+        self._start(self.lines[reply.row.chat_id][0])
         if self.draining:
             self._stop(reply, Status.INTERRUPTED)
 
-    async def _answer(self, reply: Reply) -> None:
-        """Stream the model's answer into `reply` when its turn has come; ModelError if it fails.
+    def _start(self, reply: Reply) -> asyncio.Task[None]:
+        """Return the task that writes `reply`, from now on if it has waited."""
+        if reply.task is None:
+            reply.task = asyncio.create_task(self._answer(reply))
+            reply.task.add_done_callback(partial(self._finished, reply))
+        return reply.task
 
-        Nothing here stores or sends anything.
-        """
-        if reply.ahead:
-            await asyncio.wait(reply.ahead)
-            reply.ahead = []
+    async def _answer(self, reply: Reply) -> None:
+        """Stream the model's answer into `reply`. Nothing here stores or sends anything."""
         settings, report, clock = self.settings, reply.report, asyncio.get_running_loop().time
         turns = await self.store.read(Database.context, reply.row, settings.max_context_chars)
         if settings.system_prompt:
@@ -952,7 +949,7 @@ class Chats:
         """End `reply` with `status`, unless it has already been stopped."""
         if reply.stopped is None:
             reply.stopped = status
-            reply.task.cancel()
+            self._start(reply).cancel()  # one that waited ends before its first step
 
     def _finished(self, reply: Reply, task: asyncio.Task[None]) -> None:
         """Read how the task ended: the one place where a reply's ending is decided.
@@ -976,6 +973,7 @@ class Chats:
     def _settled(self, reply: Reply, row: Message) -> None:
         """Announce the stored ending and give the next reply of the chat its turn."""
         del self.running[row.task_id]
+        self.lines[row.chat_id].remove(reply)
         self.publish(reply.user_id, *ending(row))
         reply.settled.set_result(row)
         self.metrics.replies.labels(row.status).inc()
@@ -984,6 +982,10 @@ class Chats:
         self.metrics.duration.observe(time.monotonic() - reply.created)
         count = len(reply.pieces)
         event(row.status, user=reply.user_id, **row.ids, reason=row.finish_reason, pieces=count)
+        if line := self.lines[row.chat_id]:
+            self._start(line[0])
+        else:
+            del self.lines[row.chat_id]
 
     # The service's own life
 
@@ -1004,7 +1006,7 @@ class Chats:
     async def drain(self) -> None:
         """Promise 10: refuse what is new, let what runs finish, interrupt the rest."""
         self.draining = True
-        late = [reply for reply in self.running.values() if reply.ahead]
+        late = [reply for reply in self.running.values() if reply.task is None]
         for seconds in (self.settings.drain_seconds, SETTLE_SECONDS):
             for reply in late:
                 self._stop(reply, Status.INTERRUPTED)
@@ -1085,13 +1087,22 @@ class Connection:
         return entry
 
 
+class Write(NamedTuple):
+    """An operation on its way to the writer, and whom its commit concerns."""
+
+    operation: Callable[[Database], Any]
+    then: Callable[[Any], None] | None
+    future: asyncio.Future[Any]
+    insist: bool  # try again until it is stored
+
+
 class Store:
     """The database as the event loop sees it: a connection that writes and one that reads, each
     on its own thread."""
 
     def __init__(self, writer: aiosqlite.Connection, reader: aiosqlite.Connection) -> None:
         self._writer, self._reader, self.metrics = writer, reader, Metrics()
-        self._queue: asyncio.Queue[tuple[Operation, Callable[[Any], None]]] = asyncio.Queue()
+        self._queue: asyncio.Queue[Write] = asyncio.Queue()
 
     @classmethod
     @asynccontextmanager
@@ -1126,25 +1137,8 @@ class Store:
         Before that `then` is called with its result, in the order of the commits. The future
         raises the operation's ChatError, which comes before its first write, or sqlite3.Error.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def announce(outcome: Any) -> None:
-            failed = isinstance(outcome, Exception)
-            if failed and insist:
-                event("not stored yet", logging.ERROR, why=repr(outcome))
-                loop.call_later(RETRY_SECONDS, self._queue.put_nowait, entry)
-                return
-            try:
-                if then is not None and not failed:
-                    then(outcome)
-            except Exception:
-                log.exception("an announcement failed")
-            if not future.done():  # the caller may have been cancelled; what is committed is true
-                future.set_exception(outcome) if failed else future.set_result(outcome)
-
-        entry = (lambda database: operation(database, *facts)), announce
-        self._queue.put_nowait(entry)
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(Write(lambda db: operation(db, *facts), then, future, insist))
         return future
 
     async def _run(self, connection: aiosqlite.Connection, call: Callable[[Database], T]) -> T:
@@ -1159,13 +1153,27 @@ class Store:
             batch = [await self._queue.get()]
             while len(batch) < MAX_BATCH and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            operations, announcements = zip(*batch, strict=True)
             with self.metrics.latency.time():  # its count is that of the commits
-                outcomes = await self._run(self._writer, partial(Database.commit, batch=operations))
+                outcomes = await self._run(self._writer, partial(Database.commit, batch=batch))
             self.metrics.operations.inc(len(batch))
-            for announce, outcome in zip(announcements, outcomes, strict=True):
-                announce(outcome)
+            for write, outcome in zip(batch, outcomes, strict=True):
+                self._announce(write, outcome)
                 self._queue.task_done()
+
+    def _announce(self, write: Write, outcome: Any) -> None:
+        """Tell the outcome. The caller may have been cancelled; what is committed is true."""
+        failed = isinstance(outcome, Exception)
+        if failed and write.insist:
+            event("not stored yet", logging.ERROR, why=repr(outcome))
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._queue.put_nowait, write)
+            return
+        try:
+            if write.then is not None and not failed:
+                write.then(outcome)
+        except Exception:
+            log.exception("an announcement failed")
+        if not write.future.done():
+            write.future.set_exception(outcome) if failed else write.future.set_result(outcome)
 
 
 @contextmanager
@@ -1229,7 +1237,7 @@ class Database:
         except sqlite3.Error as error:
             raise StartError(f"DATABASE_URL: cannot use the database: {error}") from None
 
-    def commit(self, batch: Sequence[Operation]) -> list[Any]:
+    def commit(self, batch: list[Write]) -> list[Any]:
         """Run `batch` in one transaction; return each operation's result or exception.
 
         If that fails, the operations run one by one, so that only the bad one fails. If it can't
@@ -1238,9 +1246,9 @@ class Database:
         outcomes: list[Any] = []
         try:
             self.one("BEGIN IMMEDIATE")
-            for operation in batch:
+            for write in batch:
                 try:
-                    outcomes.append(operation(self))
+                    outcomes.append(write.operation(self))
                 except ChatError as error:
                     outcomes.append(error)
             self.one("COMMIT")
@@ -1250,7 +1258,7 @@ class Database:
                 self.one("ROLLBACK")
             if len(batch) == 1 or not began:
                 return [error] * len(batch)
-            return [outcome for each in batch for outcome in self.commit([each])]
+            return [outcome for write in batch for outcome in self.commit([write])]
         return outcomes
 
     def ping(self) -> None:
@@ -1415,7 +1423,6 @@ class Database:
 
 
 Admit = Callable[[int, int], None]
-Operation = Callable[[Database], Any]
 
 
 class OpenAIModel:
