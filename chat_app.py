@@ -95,6 +95,7 @@ def sqlite_file(url: str) -> str:
     return url
 
 
+ORIGINS = r"^([*]|[a-z][a-z0-9+.-]*://[^/,\s]+/?|[,\s])*$"
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -114,7 +115,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8005
     environment: Literal["development", "production"] = "development"
     jwt_secret: Annotated[SecretBytes, Field(min_length=32)] | None = None
-    allowed_origins: str = ""
+    allowed_origins: Annotated[str, Field(pattern=ORIGINS)] = ""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["text", "json"] = "text"
     max_message_chars: Count = 32_000
@@ -199,6 +200,9 @@ Pieces = AsyncGenerator[list[str], None]
 Model = Callable[[list[Turn], Report], Pieces]
 
 
+SYNC = -1  # the cursor of a connection that has yet to hear of a reply
+
+
 class Reply:
     """A reply that runs or waits. Only the event loop touches it."""
 
@@ -227,11 +231,13 @@ class Reply:
                 return True
         return False
 
-    def token_frame(self, cursor: int) -> str:
-        """Return the `token` frame with all pieces after the first `cursor` ones.
+    def frame(self, cursor: int) -> str:
+        """Return the `token` frame with all pieces after the first `cursor` ones, or `sync`.
 
         Written by hand: it is the one frame that is sent thousands of times a second.
         """
+        if cursor == SYNC:
+            return frame("sync", **self.row.ids, content=self.text, seq=len(self.pieces))
         text = json_string("".join(self.pieces[cursor:]))
         return f'{self._prefix},"token":{text},"seq":{len(self.pieces)}}}'
 
@@ -277,15 +283,18 @@ def not_blank(text: str) -> str:
 
 
 def opaque(user_id: str) -> str:
-    """Return `user_id` if it keeps PROTOCOL.md's rule; ValueError if not."""
-    if not re.fullmatch(r"[^/\x00-\x1f\x7f-\x9f]{1,128}", user_id):
-        raise ValueError("must have 1 to 128 characters, no / and no control character")
+    """Return `user_id` if it keeps PROTOCOL.md's rule; ValueError if not.
+
+    U+FFFD is what a URL that is not UTF-8 was read as: all of those would be one user.
+    """
+    if not re.fullmatch(r"[^/\x00-\x1f\x7f-\x9f\ufffd]{1,128}", user_id):
+        raise ValueError("must have 1 to 128 characters of UTF-8, no / and no control character")
     return user_id
 
 
 Id = Annotated[int, Field(ge=1, le=MAX_ID)]
 Title = Annotated[str, Field(max_length=200), Check(str.strip)]
-UserId = Annotated[str, Check(opaque)] | Annotated[int, Field(ge=-MAX_ID, le=MAX_ID)]
+UserId = Annotated[str, Check(opaque)] | Annotated[int, Field(gt=-(10**127), lt=10**128)]
 
 
 class Wire(BaseModel):
@@ -346,7 +355,9 @@ def parse_object(text: str | bytes | None) -> dict[str, Any]:
     ChatError `invalid_json` where it is no JSON, naming the top-level field that is at fault:
     NaN, Infinity, lone surrogates and deep nesting are no JSON here.
     """
-    raw = text.encode() if isinstance(text, str) else text or b""
+    if text is None:
+        raise ChatError("invalid_frame", "must be a text frame")
+    raw = text.encode() if isinstance(text, str) else text
     try:
         data = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
@@ -422,6 +433,7 @@ BODY_SECONDS = 20.0  # for a request's body to arrive
 HEALTH_SECONDS = 2.0  # for the database to answer
 PING_SECONDS = 15.0  # between comments in a silent event stream, so that proxies keep it open
 LOOK_SECONDS = 0.05  # between looks at a reply that an event stream follows
+TOO_SLOW = 1013, "too slow"
 CURSOR = r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z)_([1-9]\d{0,18})"
 Handler = Callable[[Request, str | None], Awaitable[Response]]  # None: all users are believed
 
@@ -599,18 +611,18 @@ class Endpoints:
                     self.check_size(len(body))
         except TimeoutError:
             raise ChatError("invalid_json", "The body did not arrive in time.") from None
-        media = request.headers.get("content-type", "application/json").partition(";")[0].strip()
-        if body and not re.fullmatch(r"application/([\w.+-]+\+)?json", media.lower()):
+        media = request.headers.get("content-type", "").partition(";")[0].strip()
+        if body and not re.fullmatch(r"(application/([\w.+-]+\+)?json)?", media.lower()):
             raise ChatError("unsupported_media_type", "A body must be application/json.")
         return validate(model, (parse_object(bytes(body)) if body or not optional else {}) | known)
 
     async def post_chat(self, request: Request, user: str | None) -> Response:
         asked = request.query_params.get("user_id", user)
         body = await self.read_body(request, NewChat, optional=asked is not None)
-        named = asked if body.user_id is None else str(body.user_id)
-        if named is None:
+        named = [self.own(user, str(each)) for each in (body.user_id, asked) if each is not None]
+        if not named:
             raise ChatError("invalid_frame", "user_id: is required")
-        facts = (self.own(user, named), body.title or "")
+        facts = (named[0], body.title or "")
         chat = await self.chats.store.write(self.chats.tell, Database.create_chat, *facts)
         return respond(chat, 201, Location=f"/api/chats/{chat.id}")
 
@@ -666,7 +678,9 @@ class Endpoints:
         return await self.answer(request, user, action)
 
     async def post_regenerate(self, request: Request, user: str | None) -> Response:
-        return await self.answer(request, user, Regenerate(chat_id=path_id(request)))
+        chat_id = path_id(request)
+        action = await self.read_body(request, Regenerate, optional=True, chat_id=chat_id)
+        return await self.answer(request, user, action)
 
     async def answer(self, request: Request, user: str | None, action: Ask) -> Response:
         """Answer with the ended reply or, where events are accepted, with its frames."""
@@ -684,7 +698,7 @@ class Endpoints:
         reply, cursor, spoke = self.chats.running.get(message.task_id), 0, time.monotonic()
         while reply is not None and (cursor < len(reply.pieces) or not reply.settled.done()):
             if cursor < len(reply.pieces):
-                yield f"event: token\ndata: {reply.token_frame(cursor)}\n\n"
+                yield f"event: token\ndata: {reply.frame(cursor)}\n\n"
                 cursor, spoke = len(reply.pieces), time.monotonic()
             elif time.monotonic() - spoke > PING_SECONDS:
                 yield ": still here\n\n"
@@ -763,14 +777,14 @@ class Chats:
         connection, room = Connection(self.settings), self.rooms.setdefault(user_id, {})
         room[connection] = None
         self.connections += 1
-        for reply in self.running.values():  # no await since it entered: nothing falls between
+        for reply in self.running.values():
             if reply.user_id == user_id:
-                seq = len(reply.pieces)
-                connection.push(frame("sync", **reply.row.ids, content=reply.text, seq=seq))
+                connection.put(reply, SYNC)
         try:
             yield connection
         finally:
-            self.metrics.dropped.inc(connection.sending)  # a frame half taken: too slow, or gone
+            # A frame half taken: its reader was too slow for the kernel, or is gone.
+            self.metrics.dropped.inc(connection.sending or connection.closing == TOO_SLOW)
             self.connections -= 1
             del room[connection]
             if not room:
@@ -784,9 +798,9 @@ class Chats:
 
     def grow(self, reply: Reply, pieces: list[str]) -> bool:
         """Append `pieces` and note it for all who read; True if MAX_REPLY_CHARS cut any."""
-        if not reply.pieces:
-            self.metrics.first_token.observe(time.monotonic() - reply.created)
         cursor, cut = len(reply.pieces), reply.add(pieces, self.settings.max_reply_chars)
+        if reply.pieces and not cursor:
+            self.metrics.first_token.observe(time.monotonic() - reply.created)
         if cursor < len(reply.pieces):
             for connection in self.rooms.get(reply.user_id, ()):
                 connection.put(reply, cursor)
@@ -1047,8 +1061,8 @@ class Connection:
     def __init__(self, settings: Settings) -> None:
         # In order: frames, and under each reply that has grown the cursor that is sent next.
         self.outbox: dict[Any, str | int] = {}
-        # Characters. Well above the largest frame, or a long reply's ending would drop its reader.
-        self._room = 8 * (settings.max_reply_chars + settings.max_message_chars) + 2**20
+        # Characters. Well above the largest frame, or long replies' endings would drop a reader.
+        self._room = 64 * (settings.max_reply_chars + settings.max_message_chars) + 2**20
         self._changed: asyncio.Future[None] | None = None  # what the sender waits for
 
     def put(self, key: object, entry: str | int) -> None:
@@ -1059,10 +1073,9 @@ class Connection:
 
     def push(self, text: str) -> None:
         self._room -= len(text)
-        if self._room < 0 and self.closing is None:
+        if self._room < 0 and self.sending:  # else its sender had no turn to take anything
             self.outbox.clear()
-            self.sending = True  # it counts as dropped
-            self.close(1013, "too slow")
+            self.close(*TOO_SLOW)
         self.put(object(), text)
 
     def close(self, code: int, reason: str) -> None:
@@ -1082,7 +1095,7 @@ class Connection:
             await self._changed
         entry = self.outbox.pop(key := next(iter(self.outbox)))
         if isinstance(entry, int):
-            return str(key.token_frame(entry))
+            return str(key.frame(entry))
         self._room += len(entry)
         return entry
 
@@ -1285,7 +1298,8 @@ class Database:
         return replace(chat, title=title, updated_at=at)
 
     def rename_chat(self, user: str | None, chat_id: int, title: str) -> Chat:
-        return self.save_chat(self.own_chat(user, chat_id), title, now())
+        chat = self.own_chat(user, chat_id)
+        return chat if title == chat.title else self.save_chat(chat, title, now())
 
     def drop_chat(self, user: str | None, chat_id: int) -> Chat | None:
         """Delete a chat and its messages, and return it; None while a reply is unended."""
@@ -1568,12 +1582,13 @@ class ChunkStream:
 
     def _parse(self, line: bytes) -> list[str]:
         """Return the text of a `data:` line and note the rest of it in the report."""
-        if (data := line[5:].strip()) == b"[DONE]":
-            self.done = True
+        if (data := line[5:].strip()) in {b"", b"[DONE]"}:
+            self.done = bool(data)
             return []
-        text = read_chunk(data, self.report)
+        if (text := read_chunk(data, self.report)) is None:
+            return [""]
         raw, key = text.encode(errors="replace"), self.CONTENT.search(line)
-        if key and line.startswith(raw + b'"', key.end()) and line.count(b'"content"') == 1:
+        if raw and key and line.startswith(raw + b'"', key.end()) and line.count(b'"content"') == 1:
             self._around = line[: key.end()], line[key.end() + len(raw) :]
         text = self._held + text
         # Half a surrogate pair is held back until its other half comes.
@@ -1582,8 +1597,11 @@ class ChunkStream:
         return [text] if text else []
 
 
-def read_chunk(data: bytes, report: Report) -> str:
-    """Return the text of a chat-completion chunk and note the rest of it in `report`."""
+def read_chunk(data: bytes, report: Report) -> str | None:
+    """Return the text of a chat-completion chunk and note the rest of it in `report`.
+
+    None if the model thinks aloud instead: nobody gets to read it, but it is at work.
+    """
     try:
         try:
             chunk = from_json(data)
@@ -1595,10 +1613,12 @@ def read_chunk(data: bytes, report: Report) -> str:
         if usage := chunk.get("usage"):
             report.prompt_tokens = whole(usage.get("prompt_tokens"))
             report.completion_tokens = whole(usage.get("completion_tokens"))
-        choice = (chunk.get("choices") or [{}])[0]
+        choices = chunk.get("choices") or ()
+        choice: Any = next((each for each in choices if not each.get("index")), {})
         report.finish_reason = clean(choice.get("finish_reason")) or report.finish_reason
         delta = choice.get("delta") or {}
-        text = delta.get("content") or delta.get("refusal")
+        if not (text := delta.get("content") or delta.get("refusal")):
+            return None if delta.get("reasoning_content") or delta.get("reasoning") else ""
         return text if isinstance(text, str) else ""
     except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
         raise ModelError("model_error", f"not a chat-completion chunk: {error}") from None
@@ -1734,6 +1754,7 @@ def set_up_logging(settings: Settings) -> None:
 # --- 7. Composition: the parts put together, and the process around them. ---
 
 HEAD_SECONDS = 10
+EXIT_SECONDS = 14.5  # from a signal to the end of the process, at most
 CDN = "https://cdn.jsdelivr.net/npm/"  # the docs' scripts: npm packages, held by their hashes
 
 
@@ -1860,6 +1881,8 @@ class Server(uvicorn.Server):
         print(f"  model    {name}{hint}\n  docs     {self.address}/docs", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Promise 10, also where the disk does not answer: what is committed is safe.
+        asyncio.get_running_loop().call_later(EXIT_SECONDS, os._exit, 0)
         for server in self.servers:
             server.close()
         await self.api.chats.drain()

@@ -330,13 +330,16 @@ class Process(Peer):
         self.database = folder / "chat.db"
         known = {name: text for name, text in os.environ.items() if name not in NAMES}
         settings = {"PORT": "0", **{name: str(value) for name, value in environment.items()}}
-        self.environment = known | settings
+        self.environment = known | settings | {"PYTHONPATH": str(HERE)}
+        self.constants = ""  # Python that sets others in chat_app, for what would take too long
         self.process: asyncio.subprocess.Process
         self.banner: list[str] = []
 
     async def start(self, *arguments: str) -> Self:
+        code = f"import chat_app; {self.constants}; raise SystemExit(chat_app.main([]))"
+        program = ["-c", code] if self.constants else [str(HERE / "chat_app.py"), *arguments]
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, str(HERE / "chat_app.py"), *arguments,
+            sys.executable, *program,
             cwd=self.folder, env=self.environment,
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
@@ -1308,6 +1311,9 @@ async def test_a_chat_is_made_and_found(shared: Service) -> None:
     for asked, query, user in (
         ({"user_id": "zoe", "title": " Tides "}, "", "zoe"),
         ({"user_id": 42, "title": None, "later": "ignored"}, "", "42"),
+        ({"user_id": 2**64}, "", str(2**64)),
+        ({"user_id": 1 - 10**127}, "", str(1 - 10**127)),
+        ({"user_id": "zoe"}, "?user_id=eve", "zoe"),
         ({"title": ""}, "?user_id=eve", "eve"),
         (None, "?user_id=eve", "eve"),
     ):
@@ -1317,7 +1323,7 @@ async def test_a_chat_is_made_and_found(shared: Service) -> None:
         assert (chat["user_id"], chat["created_at"]) == (user, chat["updated_at"])
         found = await shared.http("GET", made.headers["Location"])
         assert found.json == chat | {"messages": [], "has_more": False}
-    assert shared.stored("SELECT title FROM chats WHERE user_id = 'zoe'") == [("Tides",)]
+    assert shared.stored("SELECT title FROM chats WHERE user_id = 'zoe'") == [("Tides",), ("",)]
 
 
 @pytest.mark.parametrize(
@@ -1426,7 +1432,7 @@ async def test_a_message_over_http_waits_for_its_ending(
     assert reply["finish_reason"] == "model_incomplete"
     again = await service.http("POST", f"{path}/messages", body)
     assert (again.status, again.json) == (201, sent.json)
-    anew = await service.http("POST", f"{path}/regenerate", b"anything", headers={"X": "y"})
+    anew = await service.http("POST", f"{path}/regenerate", {"later": "ignored"})
     assert (anew.status, anew.json["reply"]["content"]) == (201, "better")
     assert anew.json["message"]["id"] == sent.json["message"]["id"]
     assert anew.json["message"]["task_id"] == anew.json["reply"]["task_id"]
@@ -1489,6 +1495,8 @@ async def test_a_chat_is_renamed(service: Service) -> None:
             assert (answer.status, answer.json["title"]) == (200, stored)
             assert await client.get() == {"type": "chat", "chat": answer.json}
         assert service.stored("SELECT title FROM chats") == [(stored,)]
+    same = await service.http("PATCH", f"/api/chats/{chat_id}", {"title": "First"})
+    assert same.json == answer.json, "updated_at moves when the title changes"
 
 
 async def test_deleting_a_chat_ends_its_replies_first(service: Service, upstream: Upstream) -> None:
@@ -1977,10 +1985,10 @@ async def test_a_connection_too_many_closes_with_1013(
 
 
 @pytest.mark.parametrize(
-    "user", ["", "x" * 129, "a%2Fb", "%00", "a%0Ab", "%1F", "%7F", "%C2%85", "%2F"]
+    "user", ["", "x" * 129, "a%2Fb", "%00", "a%0Ab", "%1F", "%7F", "%C2%85", "%2F", "%FF"]
 )
 async def test_a_user_id_keeps_its_rule(shared: Service, user: str) -> None:
-    """1 to 128 characters, no slash, no control character: 4403 and 422."""
+    """1 to 128 characters of UTF-8, no slash, no control character: 4403 and 422."""
     async with shared.connect(user) as client:
         assert await client.closed() == 4403
     for path in (f"/api/users/{user}/chats", f"/api/users/{user}/search?q=x"):
@@ -2017,7 +2025,11 @@ HOSTILE_REQUESTS: list[Row] = [
        b'{"user_id": "a", "content": "b", "later": Infinity}')),
     *(("POST", "{chat}/messages", body, 422, "") for body in (["Hi"], "Hi", 1, b"null")),
     *(("POST", "/api/chats", {"user_id": user}, 422, "user_id") for user in
-      ("", None, True, 1.5, 1.0, [1], {"a": 1}, 10**400, "a/b", "\x7f", "x" * 129)),
+      ("", None, True, 1.5, 1.0, [1], {"a": 1}, 10**128, 10**400, "a/b", "\x7f", "x" * 129)),
+    ("POST", "/api/chats", b'{"user_id": ' + b"9" * 5000 + b"}", 400, "user_id"),
+    *(("POST", "/api/chats?user_id=" + user, body, 422, "user_id") for user in ("", "a%2fb", "%ff")
+      for body in (None, {"user_id": "alice"})),
+    *(("GET", f"/api/users/%fe/{what}", None, 422, "user_id") for what in ("chats", "search?q=x")),
     *(("POST", "/api/chats", {"user_id": "a", "title": title}, 422, "title") for title in
       (1, True, ["a"], "x" * 201)),
     *(("PATCH", "{chat}", body, 422, "title") for body in
@@ -2028,7 +2040,8 @@ HOSTILE_REQUESTS: list[Row] = [
     *(("POST", "{chat}/messages", {"content": "Hi", "client_msg_id": sent}, 422, "client_msg_id")
       for sent in (1, True, ["a"], "x" * 65)),
     *(("POST", "{chat}/abort", {"task_id": odd}, 422, "task_id") for odd in (1, True, ["a"])),
-    ("POST", "{chat}/abort", b"{", 400, ""),
+    *(("POST", "{chat}/" + what, body, status, "") for what in ("abort", "regenerate")
+      for body, status in ((b"{", 400), (b"\xff", 400), ([], 422))),
     *(("GET", "{chat}?limit=" + limit, None, 422, "limit") for limit in
       ("0", "1001", "-1", "1.0", "x", "", "1e2", "%D9%A1", "9" * 5000)),
     *(("GET", "{chat}?before=" + before, None, 422, "before") for before in
@@ -2067,7 +2080,7 @@ async def test_a_bad_request_is_told_what_is_wrong(shared: Service, row: Row) ->
         ("application/json", 201), ("application/json; charset=utf-8", 201),
         ("Application/JSON", 201), ("application/vnd.api+json", 201), ("text/plain", 415),
         ("application/x-www-form-urlencoded", 415), ("multipart/form-data; boundary=x", 415),
-        ("application/jsonp", 415),
+        ("application/jsonp", 415), ("", 201),
     ],
 )  # fmt: skip
 async def test_a_body_that_says_it_is_not_json_is_refused(
@@ -2405,6 +2418,7 @@ BAD_SETTINGS: list[tuple[str, dict[str, str]]] = [
     ("PORT", {"PORT": "http"}), ("PORT", {"PORT": "65536"}), ("HOST, PORT", {}),  # it is taken
     ("HOST", {"HOST": "no such host.invalid"}), ("JWT_SECRET", {"JWT_SECRET": "too short"}),
     ("JWT_SECRET", {"ENVIRONMENT": "production"}), ("ENVIRONMENT", {"ENVIRONMENT": "staging"}),
+    *(("ALLOWED_ORIGINS", {"ALLOWED_ORIGINS": odd}) for odd in ("foo", "https://a.example/b")),
     ("LOG_LEVEL", {"LOG_LEVEL": "LOUD"}), ("OPENAI_BASE_URL", {"OPENAI_BASE_URL": "localhost:1"}),
     ("MAX_MESSAGE_CHARS", {"MAX_MESSAGE_CHARS": "0"}),
     ("MAX_FRAME_BYTES", {"MAX_FRAME_BYTES": "1k"}),
@@ -2519,14 +2533,10 @@ async def test_a_second_service_waits_for_the_first(tmp_path: Path, upstream: Up
 
 async def test_a_second_service_refuses_in_the_end(tmp_path: Path) -> None:
     """Two services on one file would end each other's replies as crashed."""
-    script = "import chat_app; chat_app.OWNER_SECONDS = 0.1; raise SystemExit(chat_app.main([]))"
     async with Process(tmp_path) as first:
         second = Process(tmp_path)
-        second.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", script,
-            cwd=tmp_path, env=first.environment | {"PYTHONPATH": str(HERE)},
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+        second.constants = "chat_app.OWNER_SECONDS = 0.1"
+        await second.start()
         status, out, err = await second.ended()
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert err.startswith("chat_app: DATABASE_URL: ")
@@ -2661,6 +2671,13 @@ def forever(data: bytes, every: float = 0.0) -> Step:
         while True:  # until the connection is closed: `drain` raises then
             await exchange.raw(data)
             await asyncio.sleep(every)
+
+    return step
+
+
+def pause(seconds: float) -> Step:
+    async def step(_exchange: Exchange, _: asyncio.Event) -> None:
+        await asyncio.sleep(seconds)
 
     return step
 
@@ -2806,6 +2823,17 @@ FAULTS: dict[str, tuple[Any, ...]] = {
     "text after DONE": fine(HEL, LO, STOP, DONE, HEL),
     "a finish beside text": fine(HEL, sse({"choices": [
         {"index": 0, "delta": {"content": "lo"}, "finish_reason": "stop"}]})),
+    "another choice": fine(HEL, *(sse({"choices": [{"index": 1, "delta": {"content": text}}]})
+                                  for text in ("", "other", "words")), LO, STOP),
+    "another choice first": fine(HEL, sse({"choices": [
+        {"index": 1, "delta": {"content": "other"}}, {"index": 0, "delta": {"content": "lo"}}]}),
+        STOP),
+    "empty data": fine(HEL, b"data:\n\ndata: \n\n", LO, STOP),
+    "thinking aloud for longer than it may": (
+        [[OK, *[delta(reasoning_content="hm"), pause(0.2)] * 8, HEL, LO, STOP]], GOOD, SOON),
+    "thinking aloud for ever": (
+        [[OK, forever(delta(reasoning="hm"), 0.05)]], failed("timeout"),
+        {"max_reply_seconds": 1.0}),
     "text in another place": fine(HEL, sse({"choices": [
         {"index": 0, "delta": {"content": None, "note": {"content": "x"}}}]}), LO, STOP),
 }  # fmt: skip
@@ -3275,6 +3303,27 @@ async def test_a_full_disk_does_not_keep_the_service_from_ending(
         assert (result.status, "Hel".startswith(result.text)) == ("interrupted", True)
 
 
+async def test_a_locked_database_does_not_keep_the_service_from_ending(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    """Nor do the seconds that it and the model are waited for: the process ends with status 0,
+    and what could not be stored is recovered by the next one."""
+    upstream.scripts = [Held("Hel")]
+    service = Process(tmp_path, OPENAI_BASE_URL=upstream.url, DRAIN_SECONDS=0)
+    service.constants = "chat_app.EXIT_SECONDS, chat_app.BUSY_SECONDS = 1.0, 600"
+    async with service, service.connect() as client:
+        task_id = (await client.say("begin"))["task_id"]
+        await client.until("token")
+        with contextlib.closing(sqlite3.connect(service.database, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            service.process.terminate()
+            code, _, errors = await service.ended()
+            assert (code, "Traceback" in errors) == (0, False), errors
+        assert not any(is_ending(frame, task_id) for frame in client.frames)
+    async with Process(tmp_path) as service:
+        assert stored(service, task_id).status == "interrupted"
+
+
 async def test_a_database_that_stays_locked(service: Service, upstream: Upstream) -> None:
     """While another program locks it, reading works and tokens flow; what is sent fails with
     `internal`; endings wait, and come when the lock is gone."""
@@ -3452,6 +3501,27 @@ async def test_a_slow_reader_gets_fewer_and_bigger_frames(
                 assert result == told(quick.frames, task_id) == ("complete", piece * 300, "stop")
         tokens = [frame for frame in slow.frames if frame["type"] == "token"]
         assert len(tokens) < 300 == tokens[-1]["seq"]
+
+
+async def test_many_long_replies_are_nobodys_slowness(
+    settings: Callable[..., Settings], upstream: Upstream
+) -> None:
+    """Who comes while thirty long replies run hears of each, and of all their endings when the
+    service is stopped: what piles up in one turn of the service is not the reader's fault."""
+    text, count = "x" * 90_000, 30
+    upstream.scripts = [Held(text) for _ in range(count)]
+    async with Service(settings()) as service, service.connect() as first:
+        tasks = {(await first.say("at length"))["task_id"] for _ in range(count)}
+        while sum(len(f["token"]) for f in first.frames if f["type"] == "token") < count * 90_000:
+            await first.until("token")
+        async with service.connect() as second:
+            assert {(await second.until("sync"))["task_id"] for _ in tasks} == tasks
+            stopping = asyncio.create_task(service.stop())
+            for client in (first, second):
+                assert await client.closed() == 1012
+                for task_id in tasks:
+                    assert told(client.frames, task_id) == ("interrupted", text, "interrupted")
+            await stopping
 
 
 @only_linux
