@@ -950,7 +950,7 @@ class Chats:
                     if report.finish_reason is not None:
                         end = min(end, at + AFTER_FINISH_SECONDS)
                         limit.reschedule(end)
-                    elif pieces and until < at + wait:  # keep-alive comments earn no time
+                    elif pieces and until < min(end, at + wait):  # comments earn no time
                         until = min(end, at + 1.1 * wait)  # more, so not with every piece: it costs
                         limit.reschedule(until)
                     if pieces and self.grow(reply, pieces):
