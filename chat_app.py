@@ -95,7 +95,7 @@ def sqlite_file(url: str) -> str:
     return url
 
 
-ORIGINS = r"^([*]|[a-z][a-z0-9+.-]*://[^/,\s]+/?|[,\s])*$"
+ORIGINS = r"(?i)^([*]|null|[a-z][a-z0-9+.-]*://[^/,\s]+/?|[,\s])*$"
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -446,7 +446,7 @@ def respond(data: Any, status: int = 200, kind: str = "json", **headers: str) ->
 
 def unforeseen(error: Exception, **facts: Any) -> ChatError:
     """Log a fault of the service itself; return what its client is told."""
-    trace = None if isinstance(error, sqlite3.Error) else error
+    trace = None if isinstance(error, (sqlite3.Error, TimeoutError)) else error
     event("a request failed", logging.ERROR, trace, **facts, why=repr(error))
     return ChatError("internal", FAULTS["internal"])
 
@@ -672,20 +672,12 @@ class Endpoints:
         told = {"status": "aborted", "chat_id": chat_id, "task_id": ids[0], "task_ids": ids}
         return respond(told)
 
-    async def post_message(self, request: Request, user: str | None) -> Response:
-        chat_id = path_id(request)
-        action = await self.read_body(request, SendMessage, chat_id=chat_id)
-        return await self.answer(request, user, action)
-
-    async def post_regenerate(self, request: Request, user: str | None) -> Response:
-        chat_id = path_id(request)
-        action = await self.read_body(request, Regenerate, optional=True, chat_id=chat_id)
-        return await self.answer(request, user, action)
-
-    async def answer(self, request: Request, user: str | None, action: Ask) -> Response:
+    async def post_ask(self, kind: type[Ask], request: Request, user: str | None) -> Response:
         """Answer with the ended reply or, where events are accepted, with its frames."""
+        chat_id, optional = path_id(request), kind is Regenerate
+        action = await self.read_body(request, kind, optional=optional, chat_id=chat_id)
         if user is None:
-            user = (await self.chats.store.read(Database.own_chat, None, action.chat_id)).user_id
+            user = (await self.chats.store.read(Database.own_chat, None, chat_id)).user_id
         message = (await self.chats.send(user, action)).message
         if "text/event-stream" in request.headers.get("accept", "").lower():
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -951,7 +943,7 @@ class Chats:
                         end = min(end, at + AFTER_FINISH_SECONDS)
                         limit.reschedule(end)
                     elif pieces and until < min(end, at + wait):  # comments earn no time
-                        until = min(end, at + 1.1 * wait)  # more, so not with every piece: it costs
+                        until = min(end, at + 1.02 * wait)  # so not with every piece: it costs
                         limit.reschedule(until)
                     if pieces and self.grow(reply, pieces):
                         report.finish_reason = "length"
@@ -1029,8 +1021,9 @@ class Chats:
                 await asyncio.wait([reply.settled for reply in late], timeout=seconds)
             late = list(self.running.values())
         for _ in range(FLUSH_LOOKS):  # for the endings to be sent; some readers may stall
-            if any(connection.outbox for room in self.rooms.values() for connection in room):
-                await asyncio.sleep(0.01)
+            if not any(connection.outbox for room in self.rooms.values() for connection in room):
+                break
+            await asyncio.sleep(0.01)
 
 
 # --- 6. Infrastructure: connections, the database, the model. Decides nothing. ---
@@ -1115,7 +1108,7 @@ class Store:
 
     def __init__(self, writer: aiosqlite.Connection, reader: aiosqlite.Connection) -> None:
         self._writer, self._reader, self.metrics = writer, reader, Metrics()
-        self._queue: asyncio.Queue[Write] = asyncio.Queue()
+        self._queue: asyncio.Queue[Write | None] = asyncio.Queue()
 
     @classmethod
     @asynccontextmanager
@@ -1131,8 +1124,8 @@ class Store:
                 try:
                     yield store
                 finally:
-                    await store._queue.join()
-                    task.cancel()
+                    store._queue.put_nowait(None)
+                    await task
 
     async def read(self, query: Callable[..., T], *facts: Any) -> T:
         """Return `query(database, *facts)`; its ChatError, or sqlite3.Error."""
@@ -1161,17 +1154,19 @@ class Store:
         return await run(call, Database(connection._conn))  # noqa: SLF001
 
     async def _write_forever(self) -> None:
-        """Commit what is queued, as much as there is at once. Cancelled only when idle."""
-        while True:
-            batch = [await self._queue.get()]
+        """Commit what is queued, as much as there is at once, until None. Never cancelled."""
+        while (write := await self._queue.get()) is not None:
+            batch = [write]
             while len(batch) < MAX_BATCH and not self._queue.empty():
-                batch.append(self._queue.get_nowait())
+                if (write := self._queue.get_nowait()) is None:
+                    self._queue.put_nowait(None)
+                    break
+                batch.append(write)
             with self.metrics.latency.time():  # its count is that of the commits
                 outcomes = await self._run(self._writer, partial(Database.commit, batch=batch))
             self.metrics.operations.inc(len(batch))
-            for write, outcome in zip(batch, outcomes, strict=True):
-                self._announce(write, outcome)
-                self._queue.task_done()
+            for done, outcome in zip(batch, outcomes, strict=True):
+                self._announce(done, outcome)
 
     def _announce(self, write: Write, outcome: Any) -> None:
         """Tell the outcome. The caller may have been cancelled; what is committed is true."""
@@ -1700,7 +1695,7 @@ class Metrics:
         self.replies = counter("chat_replies", "Replies that ended, by status", ["status"])
         self.aborts = counter("chat_aborts", "Replies that somebody stopped")
         self.tokens = counter("chat_tokens", "Pieces that the model has sent, of ended replies")
-        self.operations = counter("chat_operations", "Operations in those transactions")
+        self.operations = counter("chat_operations", "Operations in all transactions")
         self.dropped = counter("chat_dropped_readers", "Connections that did not read")
         self.first_token = times("chat_first_token_seconds", "From a message to its first piece")
         slow = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
@@ -1805,8 +1800,8 @@ def create_app(settings: Settings, api: Endpoints) -> Starlette:
         api.route("/api/chats", POST=api.post_chat),
         api.route(chat, GET=api.get_chat, PATCH=api.patch_chat, DELETE=api.delete_chat),
         api.route(f"{chat}/abort", POST=api.post_abort),
-        api.route(f"{chat}/messages", POST=api.post_message),
-        api.route(f"{chat}/regenerate", POST=api.post_regenerate),
+        api.route(f"{chat}/messages", POST=partial(api.post_ask, SendMessage)),
+        api.route(f"{chat}/regenerate", POST=partial(api.post_ask, Regenerate)),
         api.route("/api/users/{user_id:any}/chats", GET=api.get_chats),
         api.route("/api/users/{user_id:any}/search", GET=api.get_search),
         api.route("/health", GET=api.get_health),
@@ -1860,8 +1855,10 @@ class Server(uvicorn.Server):
         async with Store.open(path) as store, open_model(settings) as model:
             self.api.chats = Chats(settings, store, *model)
             checkpoints = asyncio.create_task(self.api.chats.checkpoint_forever())
-            await super().serve(sockets or [self.listener])
-            checkpoints.cancel()
+            try:
+                await super().serve(sockets or [self.listener])
+            finally:
+                checkpoints.cancel()
 
     async def on_tick(self, counter: int) -> bool:
         """Close connections that have not sent the head of a request in two looks at them."""
@@ -1881,8 +1878,6 @@ class Server(uvicorn.Server):
         print(f"  model    {name}{hint}\n  docs     {self.address}/docs", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Promise 10, also where the disk does not answer: what is committed is safe.
-        asyncio.get_running_loop().call_later(EXIT_SECONDS, os._exit, 0)
         for server in self.servers:
             server.close()
         await self.api.chats.drain()
@@ -1892,6 +1887,8 @@ class Server(uvicorn.Server):
         """End gently at the first signal, at once at the second Ctrl-C."""
         if self.should_exit and sig == signal.SIGINT:
             os._exit(130)  # what is committed is safe, the rest is recovered at the next start
+        # Promise 10, also where the disk does not answer.
+        asyncio.get_running_loop().call_later(EXIT_SECONDS, os._exit, 0)
         super().handle_exit(sig, frame)
 
 
@@ -1913,7 +1910,7 @@ def serve(settings: Settings) -> None:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         with suppress(ValueError, OSError):  # macOS says "no limit" and takes no such value
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    # uvicorn raises the signal that ended it once more when it is done: that is a clean end.
+    # A start that is stopped ends clean; so does uvicorn, which raises its last signal once more.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
     Server(settings).run()
