@@ -433,7 +433,6 @@ BODY_SECONDS = 20.0  # for a request's body to arrive
 HEALTH_SECONDS = 2.0  # for the database to answer
 PING_SECONDS = 15.0  # between comments in a silent event stream, so that proxies keep it open
 LOOK_SECONDS = 0.05  # between looks at a reply that an event stream follows
-TOO_SLOW = 1013, "too slow"
 CURSOR = r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z)_([1-9]\d{0,18})"
 Handler = Callable[[Request, str | None], Awaitable[Response]]  # None: all users are believed
 
@@ -943,7 +942,7 @@ class Chats:
                         end = min(end, at + AFTER_FINISH_SECONDS)
                         limit.reschedule(end)
                     elif pieces and until < min(end, at + wait):  # comments earn no time
-                        until = min(end, at + 1.02 * wait)  # so not with every piece: it costs
+                        until = min(end, at + 1.02 * wait)  # 2 % more: to renew it costs
                         limit.reschedule(until)
                     if pieces and self.grow(reply, pieces):
                         report.finish_reason = "length"
@@ -1033,6 +1032,7 @@ RETRY_SECONDS = 1.0  # an ending that could not be stored is tried again
 BUSY_SECONDS = 5  # to wait for another process's lock on the database
 OWNER_SECONDS = 20.0  # to wait for another service to let the database go
 SCHEMA_VERSION = 1
+TOO_SLOW = 1013, "too slow"  # how a reader is closed for whom too much waits
 WIRE_ERRORS = (openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError, OSError)
 MAX_LINE_BYTES = 2**20  # of a model's stream
 FEW_STREAMS = 16  # up to here tokens are relayed one by one
@@ -1066,7 +1066,8 @@ class Connection:
 
     def push(self, text: str) -> None:
         self._room -= len(text)
-        if self._room < 0 and self.sending:  # else its sender had no turn to take anything
+        # Where no frame is stuck, its sender just had no turn to take any.
+        if self._room < 0 and self.sending and self.closing is None:
             self.outbox.clear()
             self.close(*TOO_SLOW)
         self.put(object(), text)
@@ -1162,8 +1163,9 @@ class Store:
                     self._queue.put_nowait(None)
                     break
                 batch.append(write)
-            with self.metrics.latency.time():  # its count is that of the commits
+            with self.metrics.latency.time():
                 outcomes = await self._run(self._writer, partial(Database.commit, batch=batch))
+            self.metrics.commits.inc()
             self.metrics.operations.inc(len(batch))
             for done, outcome in zip(batch, outcomes, strict=True):
                 self._announce(done, outcome)
@@ -1695,7 +1697,8 @@ class Metrics:
         self.replies = counter("chat_replies", "Replies that ended, by status", ["status"])
         self.aborts = counter("chat_aborts", "Replies that somebody stopped")
         self.tokens = counter("chat_tokens", "Pieces that the model has sent, of ended replies")
-        self.operations = counter("chat_operations", "Operations in all transactions")
+        self.commits = counter("chat_commits", "Transactions committed or rolled back")
+        self.operations = counter("chat_operations", "Operations in those transactions")
         self.dropped = counter("chat_dropped_readers", "Connections that did not read")
         self.first_token = times("chat_first_token_seconds", "From a message to its first piece")
         slow = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)

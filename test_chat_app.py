@@ -330,13 +330,15 @@ class Process(Peer):
         self.database = folder / "chat.db"
         known = {name: text for name, text in os.environ.items() if name not in NAMES}
         settings = {"PORT": "0", **{name: str(value) for name, value in environment.items()}}
-        self.environment = known | settings | {"PYTHONPATH": str(HERE)}
+        self.environment = known | settings
         self.constants = ""  # Python that sets others in chat_app, for what would take too long
         self.process: asyncio.subprocess.Process
         self.banner: list[str] = []
 
     async def start(self, *arguments: str) -> Self:
-        code = f"import chat_app; {self.constants}; raise SystemExit(chat_app.main([]))"
+        code = f"""import sys; sys.path.insert(0, {str(HERE)!r}); import chat_app
+{self.constants}
+sys.exit(chat_app.main({[*arguments]}))"""
         program = ["-c", code] if self.constants else [str(HERE / "chat_app.py"), *arguments]
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, *program,
@@ -3890,6 +3892,7 @@ async def test_metrics_count_what_became_of_replies(service: Service, upstream: 
     }
     assert float(samples["chat_replies_running"]) == float(samples["chat_replies_waiting"]) == 0
     assert float(samples["chat_connections"]) == 1
+    assert samples["chat_commits_total"] == samples["chat_commit_seconds_count"] != "0.0"
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
