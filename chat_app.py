@@ -51,7 +51,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 from urllib.parse import quote
 
 import aiohttp
@@ -576,7 +576,7 @@ def _belong_together(text: str, place: int) -> bool:
 # --- Wire: text to types and back. Pure. ---
 
 UUID = "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
-NAMED_FAULT_BYTES = 16_384  # of broken JSON: in more, the field at fault isn't looked for
+NAMED_FAULT_BYTES = 32_768  # of broken JSON: in more, the field at fault isn't looked for
 json_string = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -1850,7 +1850,7 @@ class Database:
         sql = f"""INSERT INTO chats (user_id, title, created_at, updated_at, model, instructions)
                   VALUES (?, ?, ?, ?, ?, ?) RETURNING {self.CHAT}"""
         at = self.next_activity(user_id)
-        return self.chat(self.one(sql, user_id, title, now(), at, model, instructions))
+        return self.chat(self.one(sql, user_id, title, at, at, model, instructions))
 
     def next_activity(self, user_id: str) -> str:
         """Return the time, but later than all activity of the user, whatever the clock does."""
@@ -3308,9 +3308,16 @@ def backup(settings: Settings, target: str) -> None:
         raise StartError(f"FILE, DATABASE_URL: cannot back up: {error}") from None
 
 
+class Arguments(argparse.ArgumentParser):
+    """argparse, but a wrong command line is one sentence, as any other fault of a start."""
+
+    def error(self, message: str) -> NoReturn:
+        raise StartError(f"{message}; usage: chat_app.py [--help | token USER | backup FILE]")
+
+
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     about = "A small real-time backend for AI chat. Settings: the environment and .env"
-    parser = argparse.ArgumentParser("chat_app.py", description=about)
+    parser = Arguments("chat_app.py", description=about)
     parser.add_argument("--version", action="version", version=f"chat_app {VERSION}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     token = commands.add_parser("token", help="print a token for USER (needs JWT_SECRET)")
@@ -3322,8 +3329,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; return the exit status: 2 for what its user can set right."""
-    asked = parse_arguments(arguments)
     try:
+        asked = parse_arguments(arguments)
         settings = load_settings()
         if asked.command == "token":
             print_token(settings, asked.user)
