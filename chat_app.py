@@ -43,16 +43,18 @@ import sys
 import threading
 import time
 import unicodedata
+import urllib.request
 import uuid
+import zlib
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
 import aiohttp
 import aiosqlite
@@ -123,7 +125,7 @@ def plain_origin(origin: str) -> str:
     return re.sub(r"^(http://.*):80$|^(https://.*):443$", r"\1\2", text)
 
 
-ORIGINS = r"(?i)^([*]|null|[a-z][a-z0-9+.-]*://[^/,\s*]+/?|[,\s])*$"
+ORIGINS = r"(?i)^(([*]|null|[a-z][a-z0-9+.-]*://[^/,\s*]+/?)([,\s]+|$)|[,\s]+)*$"
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -639,7 +641,10 @@ class NewChat(Wire):
 
 
 class ChatChange(Wire):
-    """What of a chat is set anew: the fields that were sent. null and "" take one away."""
+    """What of a chat is set anew: the fields that were sent.
+
+    null and "" take a model or instructions away; "" gives the title back to the first message.
+    """
 
     title: Title | None = None
     model: str | None = None
@@ -821,7 +826,9 @@ class Connection:
     A WebSocket and an event stream are two ways of emptying it.
     """
 
-    def __init__(self, most_bytes: int, chat_id: int | None = None, task_id: str | None = None):
+    def __init__(
+        self, most_bytes: int, chat_id: int | None = None, task_id: str | None = None
+    ) -> None:
         self.closing: tuple[int, str] | None = None  # code and reason, once the outbox is sent
         self.sending = False  # a frame was taken and the next one not yet asked for
         self.waiting_bytes = 0
@@ -1052,6 +1059,8 @@ class Chats:
         """Set what `change` names; ChatError `chat_not_found`, or `invalid_frame` for a model."""
         self.check_model(change.model)
         asked = {name: getattr(change, name) or None for name in change.model_fields_set}
+        if change.title is None:
+            asked.pop("title", None)
         return await self.store.write(
             lambda db: db.change_chat(asker, chat_id, asked), then=self.tell_chat
         )
@@ -1078,21 +1087,24 @@ class Chats:
         """Yield a line of JSON for each chat of the user, with all its messages, in parts."""
         asker = Asker(user_id)
         for chat_id in await self.store.read(lambda db: db.chat_ids(user_id)):
-            try:
-                chat = await self.store.read(lambda db, it=chat_id: db.own_chat(asker, it))
-            except ChatError:
-                continue  # deleted meanwhile
-            yield to_json(chat).removesuffix(b"}") + b',"messages":['
-            comma = b""
-            last = 0
-            while rows := await self.store.read(
-                lambda db, it=chat_id, after=last: db.messages_after(it, after, EXPORT_CHARS)
-            ):
-                shown = [self._so_far(row) or row for row in rows]
-                yield comma + b",".join(to_json(row) for row in shown)
-                comma = b","
-                last = rows[-1].id
-            yield b'],"has_more":false}\n'
+            with suppress(ChatError):  # deleted meanwhile
+                async for part in self._export_chat(asker, chat_id):
+                    yield part
+
+    async def _export_chat(self, asker: Asker, chat_id: int) -> AsyncIterator[bytes]:
+        chat = await self.store.read(lambda db: db.own_chat(asker, chat_id))
+        yield to_json(chat).removesuffix(b"}") + b',"messages":['
+        rows = await self._messages_after(chat_id, 0)
+        while rows:
+            shown = [self._so_far(row) or row for row in rows]
+            yield b",".join(to_json(row) for row in shown)
+            rows = await self._messages_after(chat_id, rows[-1].id)
+            if rows:
+                yield b","
+        yield b'],"has_more":false}\n'
+
+    async def _messages_after(self, chat_id: int, last: int) -> list[Message]:
+        return await self.store.read(lambda db: db.messages_after(chat_id, last, EXPORT_CHARS))
 
     async def delete(self, asker: Asker, chat_id: int) -> None:
         """Stop the chat's replies, then delete it; ChatError `chat_not_found`."""
@@ -1258,9 +1270,7 @@ class Chats:
         end = asyncio.get_running_loop().time() + self.settings.max_reply_seconds
         most_chars = self.settings.max_context_chars
         for left in reversed(range(CONTEXT_TRIES)):
-            context = await self.store.read(
-                lambda db, most=most_chars: db.context(reply.row, most)
-            )
+            context = await self._context(reply, most_chars)
             try:
                 await self._stream(reply, context, end)
             except ModelError as error:
@@ -1272,6 +1282,9 @@ class Chats:
                 most_chars = sum(len(turn["content"]) for turn in turns) // 2
             else:
                 return
+
+    async def _context(self, reply: Reply, most_chars: int) -> Context:
+        return await self.store.read(lambda db: db.context(reply.row, most_chars))
 
     async def _stream(self, reply: Reply, context: Context, end: float) -> None:
         """Ask the model once; ModelError if it fails, or nothing comes in time."""
@@ -1384,15 +1397,17 @@ class Chats:
             grown = [reply for reply in self.running.values() if reply.cursor != reply.saved]
             if not grown:
                 continue
-            ends = [reply.cursor for reply in grown]
-            news = [_news_of(reply) for reply in grown]
             try:
-                await self.store.write(lambda db, news=news: db.append_pieces(news))
+                await self._checkpoint(grown)
             except sqlite3.Error as error:
-                log_event("not stored yet", logging.ERROR, replies=len(news), why=str(error))
-                continue
-            for reply, end in zip(grown, ends, strict=True):
-                reply.saved = end
+                log_event("not stored yet", logging.ERROR, replies=len(grown), why=str(error))
+
+    async def _checkpoint(self, grown: list[Reply]) -> None:
+        ends = [reply.cursor for reply in grown]
+        news = [_news_of(reply) for reply in grown]
+        await self.store.write(lambda db: db.append_pieces(news))
+        for reply, end in zip(grown, ends, strict=True):
+            reply.saved = end
 
     async def purge_forever(self) -> None:
         """Remove deleted chats from the disk, slice by slice, between others' writes."""
@@ -1402,18 +1417,22 @@ class Chats:
             self._deleted.clear()
             try:
                 removed = False
-                while await self.store.write(lambda db: db.purge_slice()):
+                while await self.store.write(lambda db: db.purge_slice()):  # noqa: ASYNC110
                     removed = True
                     await asyncio.sleep(PURGE_SECONDS)
                 if removed:
-                    await self.store.write(lambda db: db.merge_search(begin=True))
-                    while await self.store.write(lambda db: db.merge_search(begin=False)):
-                        await asyncio.sleep(PURGE_SECONDS)
-                    await self.store.shrink()
+                    await self._forget_words()
             except sqlite3.Error as error:
                 log_event("not removed yet", logging.ERROR, why=str(error))
                 self._deleted.set()
                 await asyncio.sleep(TIDY_SECONDS)
+
+    async def _forget_words(self) -> None:
+        """Rewrite the search index, and empty the WAL: both still have what was deleted."""
+        await self.store.write(lambda db: db.merge_search(begin=True))
+        while await self.store.write(lambda db: db.merge_search(begin=False)):  # noqa: ASYNC110
+            await asyncio.sleep(PURGE_SECONDS)
+        await self.store.shrink()
 
     async def tidy_forever(self) -> None:
         """Give the disk back what a long reader made the WAL grow by."""
@@ -1433,7 +1452,8 @@ class Chats:
             self._stop(reply, Status.INTERRUPTED)
         await self._wait_for_endings(SETTLE_SECONDS)
         deadline = time.monotonic() + FLUSH_SECONDS
-        while not self.rooms.all_sent and time.monotonic() < deadline:  # some readers may stall
+        # Some readers may stall.
+        while not self.rooms.all_sent and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     async def _wait_for_endings(self, seconds: float) -> None:
@@ -1598,13 +1618,16 @@ class Store:
                     self._queue.put_nowait(None)
                     break
                 batch.append(write)
-            with self._metrics.latency.time():
-                outcomes = await self._run(self._writer, lambda db, batch=batch: db.commit(batch))
-            self._written_at = time.monotonic()
-            self._metrics.commits.inc()
-            self._metrics.operations.inc(len(batch))
-            for done, outcome in zip(batch, outcomes, strict=True):
-                self._announce(done, outcome)
+            await self._commit(batch)
+
+    async def _commit(self, batch: list[Write]) -> None:
+        with self._metrics.latency.time():
+            outcomes = await self._run(self._writer, lambda db: db.commit(batch))
+        self._written_at = time.monotonic()
+        self._metrics.commits.inc()
+        self._metrics.operations.inc(len(batch))
+        for done, outcome in zip(batch, outcomes, strict=True):
+            self._announce(done, outcome)
 
     def stop(self) -> None:
         """Let `write_forever` end once all that is queued is stored."""
@@ -1652,7 +1675,7 @@ def sole_owner(path: str) -> Iterator[None]:
 
 
 def file_identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
+    status = Path(path).stat()
     return status.st_dev, status.st_ino
 
 
@@ -1666,7 +1689,7 @@ def check_file(path: str, expected: tuple[int, int]) -> None:
 
 def wal_bytes(path: str) -> int:
     with suppress(FileNotFoundError):
-        return os.stat(f"{path}-wal").st_size
+        return Path(f"{path}-wal").stat().st_size
     return 0
 
 
@@ -2179,14 +2202,52 @@ def alternating(turns: list[Turn]) -> list[Turn]:
     return joined
 
 
-# --- Model: SHIM ---
-from functools import partial
-WIRE_ERRORS = (openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError, OSError)
-MAX_LINE_BYTES = 2**20
-FEW_STREAMS = 16
-STREAM_PAUSE = 0.00035
+# --- Model: the port's two sides, any OpenAI-compatible server and a demo. Knows no chats. ---
+
+OPENAI_URL = "https://api.openai.com/v1"
+WIRE_ERRORS = (openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError, OSError, zlib.error)
+CONNECT_SECONDS = 10.0
+ERROR_SECONDS = 5.0  # for the body of a refusal to arrive
+MAX_ERROR_BYTES = 2**16  # of a refusal's body
+MAX_LINE_BYTES = 2**20  # of a model's stream
+MAX_ANSWER_BYTES = 2**22  # of an answer that is no stream
+INFLATED_BYTES = 2**16  # at once, of a stream that is compressed though nobody asked for it
+FEW_STREAMS = 16  # up to here tokens are relayed one by one
+STREAM_PAUSE = 0.00035  # seconds between two reads of one stream, for each that there is
 MAX_PAUSE = 0.2
-PAUSE_STEP = 0.005
+PAUSE_STEP = 0.005  # pauses end together: one turn of the event loop for many streams
+TOO_LONG = re.compile(  # how servers say that a request is too long for the model's context
+    r"context_length_exceeded|context (length|window|size)|maximum context|too many tokens"
+    r"|(prompt|input|request) (is |length )?.{0,20}(too long|exceeds)|reduce the length",
+    re.IGNORECASE,
+)
+
+
+def check_proxy(url: str) -> None:
+    """StartError if the way to `url` leads through a proxy that aiohttp can't speak to."""
+    target = urlsplit(url)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(target.scheme) or proxies.get("all") or ""
+    if proxy.lower().startswith("socks") and not urllib.request.proxy_bypass(target.hostname or ""):
+        raise StartError(
+            "ALL_PROXY, HTTP_PROXY, HTTPS_PROXY: a SOCKS proxy can't be used for the model; name "
+            "an HTTP proxy, or the model's host in NO_PROXY"
+        )
+
+
+async def bound_errors(response: Any) -> None:
+    """Read no more of a refusal than there is to learn from it: a body may have no end."""
+    if response.status_code < 400:
+        return
+    body = bytearray()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(ERROR_SECONDS):
+            async for part in response.aiter_raw():
+                body += part
+                if len(body) > MAX_ERROR_BYTES:
+                    break
+    await response.aclose()
+    response._content = bytes(body[:MAX_ERROR_BYTES])  # noqa: SLF001 - as if read to its end
 
 
 class OpenAIModel:
@@ -2198,80 +2259,113 @@ class OpenAIModel:
     """
 
     def __init__(self, settings: Settings) -> None:
-        base_url = settings.openai_base_url
-        api_key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else 'none'
-        name = ''
-        self._name, self._key, self._asks_usage, self._streams = name, api_key, True, 0
+        url = urlsplit(settings.openai_base_url or OPENAI_URL)
+        check_proxy(url.geturl())
+        secret = settings.openai_api_key
+        self._key = secret.get_secret_value() if secret else "none"
+        self._asks_usage = True
+        self._streams = 0
         self._resting: dict[float, list[asyncio.Transport]] = {}  # by the time of their next read
         # Reading has no limit here: comments would reset it; `Chats` times the pieces. An
         # http_client of one's own comes without the SDK's limits, so they are set.
-        timeout = httpx2.Timeout(None, connect=10.0)
+        timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
         limits = httpx2.Limits(max_connections=settings.max_running_replies, keepalive_expiry=30.0)
-        http = openai.DefaultAioHttpClient(timeout=timeout, limits=limits)
-        self._client = openai.AsyncOpenAI(
-            api_key=api_key, base_url=base_url, timeout=timeout, http_client=http
+        http = openai.DefaultAioHttpClient(
+            timeout=timeout,
+            limits=limits,
+            follow_redirects=False,  # the conversation goes to no other host
+            event_hooks={"response": [bound_errors]},
         )
-        self.close = self._client.close
+        self._client = openai.AsyncOpenAI(
+            api_key=self._key,
+            base_url=urlunsplit(url._replace(query="", fragment="")),
+            default_query=dict(parse_qsl(url.query)),
+            default_headers={"Accept-Encoding": "identity"},
+            timeout=timeout,
+            http_client=http,
+        )
 
-    async def __call__(self, turns: list[Turn], name: str, report: Report) -> AsyncGenerator[Delta, None]:
-        self._name = name
-        """Yield the pieces of each read; ModelError with PROTOCOL.md's code if it fails.
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def __call__(
+        self, turns: list[Turn], name: str, report: Report
+    ) -> AsyncGenerator[Delta, None]:
+        """Yield what each read brings; ModelError with docs/protocol.md's code if it fails.
 
         Until the response begins the SDK tries twice more, as Retry-After says; later nobody.
         """
-        stream, opened = ChunkStream(report), False
+        stream = ChunkStream(report)
+        opened = False
         try:
             async with AsyncExitStack() as stack:
-                response = (await self._open(stack, turns)).http_response
+                response = (await self._open(stack, turns, name)).http_response
                 opened = True
                 self._streams += 1
-                # aiohttp is read directly: each layer over it costs as much as parsing a token.
-                # Where there is something else under the SDK, or a coding, the layers do it.
-                http = getattr(getattr(response.stream, "_stream", None), "_aiohttp_response", None)
-                if "content-encoding" in response.headers:
-                    http = None
-                read = http.content.readany if http else partial(anext, response.aiter_bytes(), b"")
+                read = self._reader(response)
                 while not stream.done and (data := await read()):
-                    if http and http.connection:  # gone once the response is read to its end
-                        self._rest(http.connection.transport)
-                    p = stream.feed(data); yield Delta([x for x in p if x], [], bool(p))
-                p = stream.feed(b"\n", last=True); yield Delta([x for x in p if x], [], bool(p))
+                    yield stream.feed(data)
+                yield stream.feed(b"\n", last=True)
                 if stream.fault is not None:
                     raise stream.fault
-        except (ModelError, *WIRE_ERRORS) as e:
-            words = f"{type(e).__name__}: {e}"[:500].replace(self._key, "[key]")
-            raise ModelError(model_code(e, opened=opened), words) from e
+        except (ModelError, *WIRE_ERRORS) as error:
+            words = words_of(error).replace(self._key, "[key]")
+            raise ModelError(model_code(error, opened=opened), words) from error
         finally:
             self._streams -= opened
         if report.finish_reason is None:
             raise ModelError("model_incomplete", "the stream ended without a finish_reason")
 
-    async def _open(self, stack: AsyncExitStack, turns: list[Turn]) -> Any:
+    async def _open(self, stack: AsyncExitStack, turns: list[Turn], name: str) -> Any:
         """Return the response to a request; without `stream_options` where they are refused."""
-        create = self._client.chat.completions.with_streaming_response.create
+        create: Any = self._client.chat.completions.with_streaming_response.create
         # As `messages` each turn would cost the SDK 0.14 ms of checks, on the event loop.
-        body = {"messages": turns}
-        request = partial(create, model=self._name, messages=[], extra_body=body, stream=True)
+        request = {"model": name, "messages": [], "extra_body": {"messages": turns}, "stream": True}
         if self._asks_usage:
             try:
-                usage: Any = {"include_usage": True}
-                return await stack.enter_async_context(request(stream_options=usage))
+                usage = {"include_usage": True}
+                return await stack.enter_async_context(create(**request, stream_options=usage))
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if "stream_options" not in error.response.text:
                     raise
                 self._asks_usage = False
-        return await stack.enter_async_context(request())
+        return await stack.enter_async_context(create(**request))
+
+    def _reader(self, response: Any) -> Callable[[], Awaitable[bytes]]:
+        """Return what reads the response's next bytes, b"" at its end.
+
+        aiohttp's stream is read directly: each layer over it costs as much as parsing a token.
+        Where there is something else under the SDK, or a coding, the layers do it.
+        """
+        coding = response.headers.get("content-encoding", "identity")
+        if coding != "identity":
+            inflated = inflate(response.aiter_raw(), coding)
+            return lambda: anext(inflated, b"")
+        http = getattr(getattr(response.stream, "_stream", None), "_aiohttp_response", None)
+        if http is None:
+            chunks = response.aiter_raw()
+            return lambda: anext(chunks, b"")
+
+        async def read() -> bytes:
+            data: bytes = await http.content.readany()
+            if http.connection:  # gone once the response is read to its end
+                self._rest(http.connection.transport)
+            return data
+
+        return read
 
     def _rest(self, transport: asyncio.Transport) -> None:
         """Let a stream's socket rest, if there are many."""
-        if self._streams > FEW_STREAMS:
-            loop, pause = asyncio.get_running_loop(), min(self._streams * STREAM_PAUSE, MAX_PAUSE)
-            at = int((loop.time() + pause) / PAUSE_STEP + 1) * PAUSE_STEP
-            transport.pause_reading()
-            if at not in self._resting:
-                self._resting[at] = []
-                loop.call_at(at, self._wake, at)
-            self._resting[at].append(transport)
+        if self._streams <= FEW_STREAMS:
+            return
+        loop = asyncio.get_running_loop()
+        pause = min(self._streams * STREAM_PAUSE, MAX_PAUSE)
+        at = int((loop.time() + pause) / PAUSE_STEP + 1) * PAUSE_STEP
+        transport.pause_reading()
+        if at not in self._resting:
+            self._resting[at] = []
+            loop.call_at(at, self._wake, at)
+        self._resting[at].append(transport)
 
     def _wake(self, at: float) -> None:
         for transport in self._resting.pop(at):
@@ -2279,103 +2373,272 @@ class OpenAIModel:
                 transport.resume_reading()
 
 
+async def inflate(parts: AsyncIterator[bytes], coding: str) -> AsyncGenerator[bytes, None]:
+    """Yield what is in a compressed stream, a little at a time: a small part may hold a lot."""
+    if coding not in {"gzip", "deflate"}:
+        raise ModelError("model_error", f"the answer is coded: {coding}")
+    inflater = zlib.decompressobj(wbits=47)  # gzip or zlib, as its head says
+    async for part in parts:
+        rest = part
+        while rest:
+            yield inflater.decompress(rest, INFLATED_BYTES) or b"\n"
+            rest = inflater.unconsumed_tail
+            await asyncio.sleep(0)
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def words_of(error: BaseException) -> str:
+    """Return what happened, for the log: the SDK says "timed out" of all that it can't reach."""
+    words = [f"{type(cause).__name__}: {cause}"[:300] for cause in causes_of(error)]
+    return " <- ".join(dict.fromkeys(words))[:1000]
+
+
 def model_code(error: Exception, *, opened: bool) -> str:
-    """Return PROTOCOL.md's code for what the client raised, before or after a response began."""
+    """Return docs/protocol.md's code for what the client raised, before or after a response."""
     if isinstance(error, ModelError):
         return error.code
     if isinstance(error, openai.APIStatusError):
+        if error.status_code in {400, 413, 422} and TOO_LONG.search(error.response.text):
+            return "model_context"
         codes = {401: "model_auth", 403: "model_auth", 429: "model_rate_limited"}
         return codes.get(error.status_code, "model_error")
     # Over aiohttp, refused connections come as timeouts as well: what caused it tells.
-    cause = error.__cause__ and (error.__cause__.__cause__ or error.__cause__)
-    if isinstance(error, openai.APITimeoutError) and isinstance(cause, TimeoutError):
+    timed_out = any(isinstance(cause, TimeoutError) for cause in causes_of(error))
+    if isinstance(error, openai.APITimeoutError) and timed_out:
         return "model_timeout"
     return "model_incomplete" if opened else "model_error"
 
 
+class ThinkTag:
+    """Tells thinking between <think> and </think>, at the very start of a text, from the text."""
+
+    OPEN = "<think>"
+    CLOSE = "</think>"
+
+    def __init__(self) -> None:
+        self.passed = False  # all that comes now is text
+        self._inside = False
+        self._held = ""  # what may be, or be before, the beginning of a tag
+
+    def split(self, piece: str, *, last: bool = False) -> tuple[str, str]:
+        """Return the text and the thinking that are certain now, at the last piece all."""
+        if self.passed:
+            return piece, ""
+        held = self._held + piece
+        self._held = ""
+        if self._inside:
+            return self._find_end(held, last=last)
+        start = held.lstrip()
+        if start.startswith(self.OPEN):
+            self._inside = True
+            return self._find_end(start.removeprefix(self.OPEN), last=last)
+        if self.OPEN.startswith(start) and not last:
+            self._held = held
+            return "", ""
+        self.passed = True
+        return held, ""
+
+    def _find_end(self, held: str, *, last: bool) -> tuple[str, str]:
+        thinking, end, text = held.partition(self.CLOSE)
+        if end:
+            text = text.lstrip("\r\n")
+            if not text and not last:
+                self._held = end  # line breaks may follow
+                return "", thinking
+            self.passed = True
+            return text, thinking
+        if not last:
+            sizes = range(len(self.CLOSE) - 1, 0, -1)
+            keep = next((size for size in sizes if held.endswith(self.CLOSE[:size])), 0)
+            self._held = held[len(held) - keep :]
+            thinking = held[: len(held) - keep]
+        return "", thinking
+
+
 class ChunkStream:
-    """The bytes of a chat-completion stream, turned into pieces.
+    """The bytes of a chat-completion stream, turned into text and reasoning.
 
     Server-sent events of one `data:` line each, as all servers write them; comments are passed
     over. Most lines differ from an earlier one in their plain text alone: those are not parsed.
+    Where `data: {"choices":[{"delta":{"content":"Hel"}}]}` was parsed, what surrounds `Hel` is
+    kept, and of a line that begins and ends just so, what is between is its text.
     """
 
     PLAIN = re.compile(rb'[^"\\\x00-\x1f]+')  # JSON text that stands for itself
     CONTENT = re.compile(rb'"content": ?"')
 
     def __init__(self, report: Report) -> None:
-        self.report, self.done = report, False
+        self.report = report
+        self.done = False
         self.fault: ModelError | None = None  # an error in the stream, or no JSON
-        self._rest, self._held = b"", ""
-        self._around = b"\n", b""  # what surrounds the text in this stream's lines
+        self._rest = b""  # of a line that isn't complete
+        self._answer: bytearray | None = None  # a JSON answer instead of a stream
+        self._begun = False
+        self._before = b"\n"  # what surrounds the text in this stream's lines
+        self._after = b""
+        self._half = {"text": "", "reasoning": ""}  # of a surrogate pair, until its other half
+        self._tag = ThinkTag()
 
-    def feed(self, data: bytes, *, last: bool = False) -> list[str]:
-        """Return the pieces that `data` brings, maybe none; `done` after `[DONE]` or a fault."""
+    def feed(self, data: bytes, *, last: bool = False) -> Delta:
+        """Return what `data` brings, maybe nothing; `done` after `[DONE]` or a fault."""
         # Split at \n only: str.splitlines would also split at U+2028 inside a JSON string.
         *lines, self._rest = (self._rest + data).split(b"\n")
-        pieces: list[str] = []
+        delta = Delta([], [], alive=False)
         try:
-            for line in filter(None, lines):  # blank ones end events
-                before, after = self._around
-                plain = self.PLAIN.fullmatch(line, len(before), len(line) - len(after))
-                if plain and line.startswith(before) and line.endswith(after) and not self._held:
-                    pieces.append(plain[0].decode())
-                elif line.startswith(b"data:"):
-                    pieces += self._parse(line)
+            for line in lines:
+                delta = self._read_line(line, delta)
                 if self.done:
                     break
             if len(self._rest) > MAX_LINE_BYTES:
                 raise ModelError("model_error", "a line of the stream is too long")
+            if last and self._answer is not None and not self.done:
+                delta = self._read_chunk(bytes(self._answer), b"", delta)
         except (ModelError, UnicodeDecodeError) as error:
-            self.done, self.fault = True, ModelError("model_error", str(error))
+            self.done = True
+            code = error.code if isinstance(error, ModelError) else "model_error"
+            self.fault = ModelError(code, str(error))
         if self.done:
             self._rest = b""  # what follows the end, or a fault, is not read
-        if last and self._held:
-            pieces.append(clean(self._held))
-        return pieces
+        return self._release(delta) if last else delta
 
-    def _parse(self, line: bytes) -> list[str]:
-        """Return the text of a `data:` line and note the rest of it in the report."""
-        if (data := line[5:].strip()) in {b"", b"[DONE]"}:
-            self.done = bool(data)
-            return []
-        if (text := read_chunk(data, self.report)) is None:
-            return [""]
-        raw, key = text.encode(errors="replace"), self.CONTENT.search(line)
-        if raw and key and line.startswith(raw + b'"', key.end()) and line.count(b'"content"') == 1:
-            self._around = line[: key.end()], line[key.end() + len(raw) :]
-        text = self._held + text
-        # Half a surrogate pair is held back until its other half comes.
-        self._held = text[-1] if text and "\ud800" <= text[-1] < "\udc00" else ""
-        text = clean(text.removesuffix(self._held))
-        return [text] if text else []
+    def _read_line(self, line: bytes, delta: Delta) -> Delta:
+        if not line:  # it ends an event
+            return delta
+        before = self._before
+        after = self._after
+        if line.startswith(before) and line.endswith(after):
+            plain = self.PLAIN.fullmatch(line, len(before), len(line) - len(after))
+            if plain and not self._half["text"]:
+                delta.text.append(plain[0].decode())
+                return delta
+        if not self._begun:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
+            self._begun = bool(line.strip()) and not line.startswith(b":")
+            if line.lstrip().startswith(b"{"):
+                self._answer = bytearray()
+        if self._answer is not None:
+            self._collect(line)
+            return delta
+        if not line.startswith(b"data:"):
+            return delta
+        content = line[5:].strip()
+        if content == b"[DONE]":
+            self.done = True
+        elif content:
+            return self._read_chunk(content, line, delta)
+        return delta
+
+    def _collect(self, line: bytes) -> None:
+        assert self._answer is not None
+        self._answer += line + b"\n"
+        if len(self._answer) > MAX_ANSWER_BYTES:
+            raise ModelError("model_error", "the answer is too long")
+
+    def _read_chunk(self, content: bytes, line: bytes, delta: Delta) -> Delta:
+        """Add what a chunk brings to `delta`, and remember its line's form if it is plain text."""
+        chunk = read_chunk(content, self.report)
+        text = self._join("text", chunk.text)
+        text, tagged = self._tag.split(text) if text else ("", "")
+        reasoning = self._join("reasoning", chunk.reasoning) + tagged
+        if text:
+            delta.text.append(text)
+        if reasoning:
+            delta.reasoning.append(reasoning)
+        raw = chunk.text.encode(errors="replace")
+        if raw and self._tag.passed and not reasoning:
+            key = self.CONTENT.search(line)
+            if key and line.startswith(raw + b'"', key.end()) and line.count(b'"content"') == 1:
+                self._before = line[: key.end()]
+                self._after = line[key.end() + len(raw) :]
+        return delta._replace(alive=delta.alive or chunk.alive)
+
+    def _join(self, kind: str, text: str) -> str:
+        """Return `text` with the half pair before it, without one at its end."""
+        if not text:
+            return ""
+        text = self._half[kind] + text
+        self._half[kind] = text[-1] if "\ud800" <= text[-1] < "\udc00" else ""
+        return clean(text.removesuffix(self._half[kind]))
+
+    def _release(self, delta: Delta) -> Delta:
+        """Add what was held back for a continuation that didn't come."""
+        text, tagged = self._tag.split(clean(self._half["text"]), last=True)
+        reasoning = tagged + clean(self._half["reasoning"])
+        delta.text.extend([text] if text else [])
+        delta.reasoning.extend([reasoning] if reasoning else [])
+        return delta
 
 
-def read_chunk(data: bytes, report: Report) -> str | None:
-    """Return the text of a chat-completion chunk and note the rest of it in `report`.
+class Chunk(NamedTuple):
+    text: str
+    reasoning: str
+    alive: bool
 
-    None if the model thinks aloud instead: nobody gets to read it, but it is at work.
+
+def read_chunk(data: bytes, report: Report) -> Chunk:
+    """Return what a chat-completion chunk, or a whole answer, says; note the rest in `report`.
+
+    ModelError if it tells of an error, or is no chunk.
     """
     try:
         try:
             chunk = from_json(data)
         except ValueError:
             chunk = json.loads(data)  # slower, and lets half a surrogate pair through
-        if error := chunk.get("error"):
-            raise ModelError("model_error", f"an error in the stream: {str(error)[:500]}")
+        error = chunk.get("error")
+        if error:
+            code = "model_context" if TOO_LONG.search(str(error)) else "model_error"
+            raise ModelError(code, f"an error in the stream: {str(error)[:500]}")
         report.model = report.model or clean(chunk.get("model")) or None
-        if usage := chunk.get("usage"):
+        usage = chunk.get("usage")
+        if usage:
             report.prompt_tokens = whole(usage.get("prompt_tokens"))
             report.completion_tokens = whole(usage.get("completion_tokens"))
         choices = chunk.get("choices") or ()
-        choice: Any = next((each for each in choices if not each.get("index")), {})
+        choice: Any = next((one for one in choices if not one.get("index")), {})
         report.finish_reason = clean(choice.get("finish_reason")) or report.finish_reason
-        delta = choice.get("delta") or {}
-        if not (text := delta.get("content") or delta.get("refusal")):
-            return None if delta.get("reasoning_content") or delta.get("reasoning") else ""
-        return text if isinstance(text, str) else ""
+        return read_choice(choice)
     except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
         raise ModelError("model_error", f"not a chat-completion chunk: {error}") from None
+
+
+def read_choice(choice: dict[str, Any]) -> Chunk:
+    """Return what stands in a choice, wherever servers put it."""
+    delta = choice.get("delta") or choice.get("message") or {}
+    content = delta.get("content")
+    text = flat(content, thinking=False)
+    text = text or flat(delta.get("refusal")) or flat(choice.get("text"))
+    reasoning = flat(content, thinking=True) if isinstance(content, list) else ""
+    reasoning = reasoning or flat(delta.get("reasoning_content")) or flat(delta.get("reasoning"))
+    at_work = any(value for name, value in delta.items() if name != "role")
+    return Chunk(text, reasoning, bool(text or reasoning or at_work))
+
+
+def flat(value: Any, thinking: bool | None = None) -> str:
+    """Return the text in a string, or in an object or list of parts; of parts, where `thinking`
+    is given, those that are thinking or those that aren't."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return ""
+    texts = []
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        is_thinking = kind in {"thinking", "reasoning"}
+        if thinking is None or thinking == is_thinking:
+            inner = part
+            if isinstance(part, dict):
+                inner = part.get("text") or part.get("thinking") or part.get("reasoning")
+                inner = inner or part.get("content") or part.get("summary")
+            texts.append(flat(inner))
+    return "".join(texts)
 
 
 def clean(text: Any) -> str:
@@ -2452,7 +2715,14 @@ class KeySet:
                 response.raise_for_status()
                 keys = jwt.PyJWKSet.from_dict(response.json()).keys
             self._keys = {key.key_id: key for key in keys}
-        except (httpx2.HTTPError, jwt.PyJWTError, OSError, ValueError, AttributeError) as error:
+        except (
+            httpx2.HTTPError,
+            jwt.PyJWTError,
+            OSError,
+            ValueError,
+            TypeError,
+            AttributeError,
+        ) as error:
             log_event("no keys", logging.WARNING, url=self._url, why=repr(error))
         finally:
             self._fetched_at = time.monotonic()
@@ -3001,7 +3271,9 @@ class AnyConvertor(PathConvertor):
 
 # --- Server: SHIM ---
 from uvicorn.protocols.http.h11_impl import H11Protocol as PatientHTTP
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol as FairWebSocket
+from uvicorn.protocols.websockets.websockets_sansio_impl import (
+    WebSocketsSansIOProtocol as FairWebSocket,
+)
 
 
 # --- Composition: the parts put together in order, and the process around them. ---

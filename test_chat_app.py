@@ -1684,7 +1684,10 @@ async def test_every_query_finds_its_rows_by_an_index(
     with contextlib.closing(sqlite3.connect(service.database)) as db:
         for sql in own:
             for *_, step in db.execute(f"EXPLAIN QUERY PLAN {sql}"):
-                assert not re.match(r"SCAN (?!search VIRTUAL|CONSTANT|sqlite_sequence)", step), (sql, step)
+                assert not re.match(r"SCAN (?!search VIRTUAL|CONSTANT|sqlite_sequence)", step), (
+                    sql,
+                    step,
+                )
                 assert "AUTOMATIC" not in step, (sql, step)
                 if "rank" not in sql and "DISTINCT" not in sql:
                     assert "TEMP B-TREE" not in step, (sql, step)
@@ -2932,8 +2935,9 @@ def test_pieces_are_what_the_chunks_say(
     data = b"".join(b"data: %b\n\n" % line for line in lines)
     stream = chat_app.ChunkStream(chat_app.Report())
     places = sorted({0, *(cut for cut in cuts if cut < len(data)), len(data)})
-    pieces = [piece for a, b in itertools.pairwise(places) for piece in stream.feed(data[a:b])]
-    pieces += stream.feed(b"\n", last=True)
+    read = [stream.feed(data[a:b]).text for a, b in itertools.pairwise(places)]
+    pieces = list(itertools.chain(*read))
+    pieces += stream.feed(b"\n", last=True).text
     assert stream.fault is None
     assert all(pieces)
     said = "".join(json.loads(line)["choices"][0]["delta"]["content"] for line in lines)
