@@ -1417,7 +1417,7 @@ class Chats:
             self._deleted.clear()
             try:
                 removed = False
-                while await self.store.write(lambda db: db.purge_slice()):  # noqa: ASYNC110
+                while await self.store.write(lambda db: db.purge_slice()):
                     removed = True
                     await asyncio.sleep(PURGE_SECONDS)
                 if removed:
@@ -1925,7 +1925,7 @@ class Database:
 
     def purge_slice(self) -> bool:
         """Remove some messages of a deleted chat, or the chat; False if there is none."""
-        chat = self.one("SELECT id FROM chats WHERE deleted LIMIT 1")
+        chat = self.one("SELECT id FROM chats WHERE deleted = 1 LIMIT 1")
         if chat is None:
             return False
         sql = """SELECT id, user_id, content FROM messages WHERE chat_id = ?
@@ -2861,6 +2861,7 @@ class Socket:
             while (frame := await connection.get()) is not None:
                 await send({"type": "websocket.send", "text": frame.text})
             await websocket.close(*connection.closing or ())
+        connection.close(1006, "gone")  # so that nobody waits for its reading
 
     async def _listen(self, websocket: WebSocket, connection: Connection, asker: Asker) -> None:
         """Do what the client asks, one frame after the other. Never waits for a reply."""

@@ -61,7 +61,7 @@ ALTER TABLE chats ADD COLUMN model TEXT;         -- NULL: the service's default
 ALTER TABLE chats ADD COLUMN instructions TEXT;  -- what the user wants the model to keep in mind
 -- Gone for everybody; its rows are removed in slices.
 ALTER TABLE chats ADD COLUMN deleted INTEGER NOT NULL DEFAULT 0 CHECK (deleted IN (0, 1));
-CREATE INDEX chats_deleted ON chats (id) WHERE deleted;
+CREATE INDEX chats_deleted ON chats (deleted) WHERE deleted = 1;
 
 ALTER TABLE messages ADD COLUMN reasoning TEXT CHECK (reasoning IS NULL OR is_ai);
 -- The earlier user message in whose place this one stands.
