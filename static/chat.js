@@ -1,161 +1,7 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Chat</title>
-<link rel="icon" href="data:,">
-<style>
-:root {
-  color-scheme: light dark;
-  --page: #fcfcfa; --panel: #f3f3ef; --ink: #1d1f23; --soft: #595e66; --line: #dcdcd5; --edge: #85888d;
-  --accent: #2456a6; --on-accent: #fff; --bubble: #e8eef8; --code: #f1f1ec; --bad: #a5261d; --good: #1f7a46;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #17181b; --panel: #1f2125; --ink: #e8e8e5; --soft: #a6abb3; --line: #35383e; --edge: #787d86;
-    --accent: #93b8f5; --on-accent: #10131a; --bubble: #27313f; --code: #22252a; --bad: #ff9d92; --good: #6fcf97;
-  }
-}
-* { box-sizing: border-box; } [hidden] { display: none !important; }
-body { display: grid; grid-template: minmax(0, 1fr) / 17rem minmax(0, 1fr); height: 100dvh; margin: 0; overflow: hidden;
-  background: var(--page); color: var(--ink); font: 1rem/1.6 system-ui, sans-serif; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-button, input, textarea { color: inherit; font: inherit; }
-button { min-height: 2rem; padding: .2rem .7rem; border: 1px solid transparent; border-radius: .6rem; background: none;
-  cursor: pointer; }
-button:hover, nav li:hover, nav li.open { background: color-mix(in srgb, var(--ink) 8%, transparent); }
-button:disabled { opacity: .5; cursor: default; }
-button.primary { background: var(--accent); color: var(--on-accent); }
-button.danger { background: var(--bad); color: var(--page); }
-button.icon { min-width: 2rem; padding: 0; color: var(--soft); }
-input { width: 100%; padding: .4rem .7rem; border: 1px solid var(--edge); border-radius: .6rem; background: none; }
-::placeholder { color: var(--soft); opacity: 1; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-.row { display: flex; align-items: center; gap: .5rem; }
-.wide { flex: 1; min-width: 0; }
-.wide, nav li a span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.soft, summary { color: var(--soft); font-size: .875rem; } .bad { color: var(--bad); }
-nav { display: flex; flex-direction: column; gap: .6rem; padding: .8rem; background: var(--panel); }
-nav ul { flex: 1; overflow-y: auto; margin: 0; padding: .2rem; list-style: none; }
-nav li { display: flex; align-items: center; border-radius: .6rem; }
-nav li a { flex: 1; min-width: 0; padding: .35rem .6rem; border-radius: .6rem; color: inherit; text-decoration: none; }
-nav li a span { display: block; }
-nav li.unread a { font-weight: 600; }
-nav li:is(.unread, .running) a::before { content: "●"; float: right; margin-left: .4rem; color: var(--accent); }
-nav li.running a::before { animation: pulse 1.2s infinite; }
-#menu, #close-menu { display: none; } #stop, #newest { border-color: var(--edge); }
-main { position: relative; display: flex; flex-direction: column; min-width: 0; }
-header { padding: .5rem 1rem; border-bottom: 1px solid var(--line); }
-h1 { margin: 0; font-size: 1rem; font-weight: 600; }
-#state::before { content: "● "; color: var(--bad); } #state[data-state="online"]::before { color: var(--good); }
-.notice { margin: 0; padding: .3rem 1rem; background: var(--panel); font-size: .875rem; text-align: center; }
-#messages { position: relative; flex: 1; overflow-y: auto; overflow-anchor: none; padding: 1rem; outline-offset: -2px; }
-#messages > * { max-width: 46rem; margin: 0 auto 1.2rem; }
-#messages > p { padding-top: 20vh; color: var(--soft); text-align: center; }
-.message.user { display: flex; flex-direction: column; align-items: flex-end; }
-.message .body { overflow-wrap: anywhere; }
-.message.user .body { max-width: 85%; padding: .5rem .9rem; border-radius: 1.1rem 1.1rem .3rem;
-  background: var(--bubble); white-space: pre-wrap; }
-.message[data-status="refused"] .body { outline: 1px solid var(--bad); }
-.message.found { outline: 2px solid var(--accent); outline-offset: .4rem; border-radius: .6rem; }
-.message .foot { display: flex; margin-left: -.5rem; flex-wrap: wrap; align-items: center; gap: .1rem .5rem; }
-.message.user .foot { margin: 0; } .foot > span { padding-left: .5rem; }
-.message .foot button { padding: 0 .5rem; color: var(--soft); font-size: .875rem; }
-.dots::after { content: " ●●●"; font-size: .6rem; letter-spacing: .2rem; animation: pulse 1.2s infinite; }
-@keyframes pulse { 50% { opacity: .25; } }
-details > .message { margin: .6rem 0; padding-left: .8rem; border-left: 3px solid var(--line); }
-.body :is(p, ul, ol, blockquote, .code, .table) { margin: .6rem 0; }
-.body li > p { margin: .2rem 0; } .body > :first-child { margin-top: 0; }
-.body :is(h3, h4, h5, h6) { margin: 1.1rem 0 .4rem; line-height: 1.3; }
-.body a { color: var(--accent); } .body hr { border: 0; border-top: 1px solid var(--line); }
-.body blockquote { padding-left: .9rem; border-left: 3px solid var(--line); color: var(--soft); }
-code { font: .875em/1.5 ui-monospace, Menlo, Consolas, monospace; }
-:not(pre) > code { padding: .1em .3em; border-radius: .3em; background: var(--code); }
-.code { border: 1px solid var(--line); border-radius: .6rem; background: var(--code); }
-.code > .row { padding: 0 .3rem 0 .8rem; border-bottom: 1px solid var(--line); font-size: .875rem; }
-.code pre { margin: 0; padding: .7rem .8rem; overflow-x: auto; }
-.table { overflow-x: auto; } table { border-collapse: collapse; }
-th, td { padding: .3rem .7rem; border: 1px solid var(--line); text-align: left; overflow-wrap: normal; }
-[data-align="right"] { text-align: right; } [data-align="center"] { text-align: center; }
-#write { position: relative; width: 100%; max-width: 48rem; margin: 0 auto; padding: 0 1rem 1rem; }
-#newest { position: absolute; bottom: 100%; left: 50%; translate: -50% -.5rem; }
-#newest, #newest:hover { background: var(--page); }
-#write > .row { align-items: flex-end; padding: .4rem; border: 1px solid var(--edge); border-radius: 1.1rem; }
-#write > .row:focus-within { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
-#composer { flex: 1; min-width: 0; max-height: 40dvh; padding: .3rem .6rem; border: 0; outline: 0; resize: none;
-  background: none; }
-dialog { width: min(26rem, 92vw); border: 1px solid var(--line); border-radius: 1rem; background: var(--page);
-  color: var(--ink); }
-dialog::backdrop, .drawer #backdrop { background: #0008; }
-dialog form { display: grid; gap: .8rem; }
-dialog p:empty { display: none; }
-dialog :is(h2, p) { margin: 0; font-size: 1.1rem; overflow-wrap: anywhere; } dialog .row { justify-content: end; }
-@media (hover: hover) { nav li:not(:hover, :focus-within) button { width: 0; min-width: 0; opacity: 0; } }
-@media (max-width: 45rem) {
-  body { grid-template-columns: minmax(0, 1fr); }
-  nav { position: fixed; inset: 0 auto 0 0; z-index: 2; width: min(19rem, 85vw); translate: -100%; visibility: hidden;
-    transition: translate .2s, visibility .2s; }
-  .drawer nav { translate: 0; visibility: visible; transition: translate .2s; }
-  .drawer #backdrop { position: fixed; inset: 0; z-index: 1; }
-  #menu, #close-menu { display: block; }
-}
-@media (prefers-reduced-motion: reduce) { *, ::before, ::after { animation: none !important; transition: none; } }
-</style>
-</head>
-<body>
-<nav id="sidebar" aria-label="Chats">
-  <div class="row">
-    <button id="new-chat" class="primary wide" type="button">New chat</button>
-    <button id="close-menu" class="icon" type="button" aria-label="Close the list">✕</button>
-  </div>
-  <input id="search" type="search" placeholder="Search messages" aria-label="Search messages" maxlength="200">
-  <ul id="chats" aria-label="Your chats"></ul>
-  <ul id="results" aria-label="Search results" hidden></ul>
-  <button id="more-chats" type="button" hidden>Older chats</button>
-  <div class="row soft"><span id="who" class="wide"></span><button id="change-user" type="button">Change</button></div>
-</nav>
-<main>
-  <header class="row">
-    <button id="menu" class="icon" type="button" aria-label="Chats" aria-expanded="false">☰</button>
-    <h1 id="title" class="wide">New chat</h1>
-    <span id="state" class="soft" role="status">Not connected</span>
-  </header>
-  <p id="demo" class="notice" hidden>Demo model: no language model is connected, the replies are made up.</p>
-  <p id="notice" class="notice bad" role="alert" hidden></p>
-  <div id="messages" role="log" aria-live="off" aria-label="Conversation" tabindex="0"></div>
-  <form id="write" aria-label="Write a message">
-    <button id="newest" type="button" hidden>↓ Newest</button>
-    <div class="row">
-      <textarea id="composer" rows="1" dir="auto" placeholder="Message" aria-label="Message"
-        title="Enter sends, Shift+Enter breaks the line"></textarea>
-      <button id="stop" type="button" title="Stop every reply of this chat (Esc)" hidden>Stop</button>
-      <button id="send" class="primary">Send</button>
-    </div>
-  </form>
-  <div id="announcer" class="unseen" role="status"></div>
-</main>
-<div id="backdrop" hidden></div>
-<dialog id="ask" aria-labelledby="ask-title">
-  <form>
-    <h2 id="ask-title"></h2>
-    <p id="ask-text" class="soft"></p>
-    <input id="ask-input" maxlength="200" aria-labelledby="ask-title">
-    <div class="row"><button id="ask-cancel" type="button">Cancel</button><button id="ask-ok"></button></div>
-  </form>
-</dialog>
-<dialog id="sign-in" aria-labelledby="sign-in-title">
-  <form>
-    <h2 id="sign-in-title">Who are you?</h2>
-    <p id="sign-in-why" class="soft"></p>
-    <label id="name-field">Name
-      <input id="name" required pattern="(?!\.{1,2}$)[^\/]{1,128}" title="1 to 128 characters, no /"></label>
-    <label id="token-field">Token <input id="token" type="password" required autocomplete="off"></label>
-    <div class="row"><button class="primary">Continue</button></div>
-  </form>
-</dialog>
-<script>
-"use strict";
+// The page: the reference client of docs/protocol.md. State, protocol, rendering, wiring.
+
+import { $, button, copy, download, el, place, span } from "./dom.js";
+import { drawMarkdown } from "./markdown.js";
 
 // ---- State: what is known, and how it grows ----
 
@@ -166,7 +12,7 @@ const state = {
   nextPage: null, // address of the next page of the list of chats
   open: null, // id of the open chat; null while a new one is begun
   draft: newId(), // stands for the chat that the first message of a new one will make
-  outbox: [], // what has no echo yet: { id, chat_id, draft, content, error, sentOn }
+  outbox: [], // what has no echo yet: { id, chat_id, draft, content, replaces, error, sentOn }
   socket: null, connection: 0, // the current connection and its number
   stuck: true, // the conversation is at its bottom and follows it
 };
@@ -205,7 +51,8 @@ function mergeMessage(message) {
   const ends = message.is_ai && ended(message) && !ended(known);
   if (!message.is_ai || ended(message) || !ended(known)) {
     const keep = !ended(message) && (isLive(known) || known.content.length > message.content.length);
-    chat.messages.set(message.id, Object.assign(known, message, keep && { content: known.content }));
+    const { content, reasoning } = known;
+    chat.messages.set(message.id, Object.assign(known, message, keep && { content, reasoning }));
   }
   if (message.timestamp > chat.activity) chat.activity = message.timestamp;
   if (!message.is_ai && message.client_msg_id) delivered(message);
@@ -226,6 +73,7 @@ function forget(chatId) {
   state.gone.add(chatId);
   state.chats.delete(chatId);
   setOutbox(state.outbox.filter((entry) => entry.chat_id !== chatId));
+  keepDraft(chatId, "");
   if (state.open === chatId) location.hash = "";
   changed("list");
 }
@@ -243,13 +91,30 @@ function delivered({ client_msg_id, chat_id }) {
   if (entry.chat_id === null) { // its chat exists now: what was written behind it belongs there too
     for (const other of state.outbox) if (other.draft === entry.draft) other.chat_id = chat_id;
     if (state.open === null && state.draft === entry.draft) {
-      history.replaceState(null, "", `#${chat_id}`);
-      openChat().catch(unloaded);
+      enterMade(chat_id);
     }
     if (state.draft === entry.draft) state.draft = newId();
   }
   setOutbox(state.outbox.filter((other) => other !== entry));
   flush();
+}
+
+// The chat that was new has an id now; what is being written goes along.
+function enterMade(chatId) {
+  keepDraft(chatId, draftOf(null));
+  keepDraft(null, "");
+  history.replaceState(null, "", `#${chatId}`);
+  openChat().catch(unloaded);
+}
+
+// What is being written belongs to its chat, or to the new one (null), and outlives a reload.
+const draftsKey = () => `drafts ${state.user}`;
+const drafts = () => JSON.parse(sessionStorage[draftsKey()] ?? "{}");
+const draftOf = (chatId) => drafts()[chatId ?? "new"] ?? "";
+
+function keepDraft(chatId, text) {
+  const { [chatId ?? "new"]: _, ...others } = drafts();
+  sessionStorage[draftsKey()] = JSON.stringify(text ? { ...others, [chatId ?? "new"]: text } : others);
 }
 
 // ---- Protocol client: the service's frames and endpoints ----
@@ -258,7 +123,7 @@ function delivered({ client_msg_id, chat_id }) {
 function receive(frame) {
   const { type, message } = frame;
   const chatId = frame.chat_id ?? message?.chat_id ?? frame.chat?.id;
-  if (state.gone.has(chatId)) return;
+  if (type === "pong" || state.gone.has(chatId)) return;
   let part = "chat"; // what has to be drawn anew
   if (type === "chat") mergeChat(frame.chat);
   else if (type === "chat_deleted") return forget(chatId);
@@ -266,15 +131,16 @@ function receive(frame) {
     if (mergeMessage(message)) announceEnd(message);
   } else if (type === "sync") {
     const reply = replyOf(frame);
-    if (!ended(reply)) Object.assign(reply, { content: frame.content, seq: frame.seq, live: state.connection });
+    const { content, reasoning, seq } = frame;
+    if (!ended(reply)) Object.assign(reply, { content, reasoning, seq, live: state.connection });
   } else if (type === "token") {
     const reply = replyOf(frame);
     // Without a sync on this connection its text begins here: what HTTP has shown of it is replaced.
-    if (!ended(reply) && !isLive(reply)) Object.assign(reply, { content: "", seq: 0, live: state.connection });
+    if (!ended(reply) && !isLive(reply)) {
+      Object.assign(reply, { content: "", reasoning: null, seq: 0, live: state.connection });
+    }
     if (ended(reply) || frame.seq <= reply.seq) return;
-    if (reply.content) part = reply;
-    reply.content += frame.token;
-    reply.seq = frame.seq;
+    if (grow(reply, frame)) part = reply;
   } else if (type === "aborted") finish(frame, "aborted");
   else if (type === "error" && !frame.message_id) return refused(frame);
   else if (type === "error") finish(frame, frame.code === "interrupted" ? "interrupted" : "failed");
@@ -288,6 +154,19 @@ function receive(frame) {
     chat.updated_at = "0";
     loadChats().catch(unloaded);
   }
+}
+
+// Adds a token's text. Returns whether no more has to be drawn than this text.
+function grow(reply, { token, reasoning, seq }) {
+  const before = [Boolean(reply.content), Boolean(reply.reasoning)].join();
+  if (reasoning) {
+    reply.reasoning = (reply.reasoning ?? "") + reasoning;
+    reply.thinkingSince ??= Date.now();
+  }
+  if (token && reply.thinkingSince && !reply.content) reply.thoughtMs = Date.now() - reply.thinkingSince;
+  reply.content += token;
+  reply.seq = seq;
+  return before === [Boolean(reply.content), Boolean(reply.reasoning)].join();
 }
 
 function finish(frame, status) {
@@ -320,10 +199,25 @@ async function api(method, path, body) {
 const EXPIRED = "Your token isn't valid, or not any more.";
 const userPath = (rest) => `api/users/${encodeURIComponent(state.user)}/${rest}`;
 
-let attempts = 0, openedAt = Infinity, retryTimer;
+const PING_MS = 25_000, PONG_MS = 5000, HANDSHAKE_MS = 10_000;
+let attempts = 0, openedAt = Infinity, retryTimer, deadTimer;
+
+// A phone's socket dies without a word while it sleeps: whatever is heard within `ms` shows that it lives.
+function expectLife(ms) {
+  const { socket } = state;
+  clearTimeout(deadTimer);
+  deadTimer = setTimeout(() => { if (socket === state.socket) connect(); }, ms);
+}
+
+function ping() {
+  if (state.socket?.readyState !== WebSocket.OPEN) return;
+  state.socket.send(JSON.stringify({ action: "ping" }));
+  expectLife(PONG_MS);
+}
 
 function connect() {
   clearTimeout(retryTimer);
+  clearTimeout(deadTimer);
   state.socket?.close(); // what it still says is ignored: it isn't state.socket any more
   for (const chat of state.chats.values()) {
     if (chat.loadedOn === state.connection) chat.seenTo = Math.max(0, ...chat.messages.keys());
@@ -333,10 +227,16 @@ function connect() {
   const socket = state.socket = new WebSocket(url, state.token ? ["chat", `bearer.${state.token}`] : []);
   openedAt = Infinity;
   showState("connecting", "Connecting…");
-  socket.onmessage = ({ data }) => { if (socket === state.socket) receive(JSON.parse(data)); };
+  expectLife(HANDSHAKE_MS);
+  socket.onmessage = ({ data }) => {
+    if (socket !== state.socket) return;
+    clearTimeout(deadTimer);
+    receive(JSON.parse(data));
+  };
   socket.onclose = (event) => { if (socket === state.socket) lost(event); };
   socket.onopen = () => {
     if (socket !== state.socket) return;
+    clearTimeout(deadTimer);
     state.connection += 1;
     openedAt = Date.now();
     showState("online", "Connected");
@@ -347,6 +247,7 @@ function connect() {
 
 function lost({ code, reason }) {
   state.socket = null;
+  clearTimeout(deadTimer);
   changed("chat");
   if (code === 4403) return showState("refused", `Not allowed: ${reason}`);
   if (code === 4401) showState("refused", "Signed out");
@@ -377,12 +278,12 @@ function flush() {
   if (state.socket?.readyState !== WebSocket.OPEN) return;
   const making = new Set(); // only the first message makes a chat, those behind it wait for its echo
   for (const entry of state.outbox.filter(({ error }) => !error)) {
-    const { id, chat_id, draft, content, sentOn } = entry;
+    const { id, chat_id, draft, content, replaces, sentOn } = entry;
     if (chat_id === null && making.has(draft)) continue;
     if (chat_id === null) making.add(draft);
     if (sentOn === state.connection) continue;
     entry.sentOn = state.connection;
-    sendFrame({ action: "send_message", chat_id, content, client_msg_id: id });
+    sendFrame({ action: "send_message", chat_id, content, client_msg_id: id, replaces });
     setTimeout(() => { // without an echo by now the connection is dead, though nobody has noticed
       if (state.outbox.includes(entry) && !entry.error && entry.sentOn === state.connection) reconnectNow();
     }, 15_000);
@@ -418,7 +319,8 @@ async function loadChats(path = userPath("chats")) {
     if (known && chat.updated_at > known.activity && chat.id !== state.open) known.unread = true;
     mergeChat(chat);
   }
-  state.nextPage = /<([^>]*)>;\s*rel="next"/.exec(response.headers.get("Link"))?.[1];
+  const next = /<([^>]*)>;\s*rel="next"/.exec(response.headers.get("Link"))?.[1];
+  state.nextPage = next && new URL(next, response.url).href; // relative to the page that it was in
   changed("list");
   return new Set(chats.map(({ id }) => id));
 }
@@ -459,6 +361,7 @@ async function openChat() {
   if (id !== state.open) {
     Object.assign(state, { open: id, stuck: true });
     views.clear();
+    showDraft();
   }
   changed("chat");
   changed("list");
@@ -478,7 +381,6 @@ async function openChat() {
 
 // ---- Rendering: at most once per animation frame, and only what has changed ----
 
-const $ = (id) => document.getElementById(id);
 const views = new Map(); // elements of the open chat's messages: kept, so that focus and selection survive
 const rows = new Map(); // elements of the list of chats
 const dirty = new Set(); // "list", "chat", or single replies that have grown
@@ -495,26 +397,6 @@ function draw() {
   if (parts.has("chat")) drawChat();
   else for (const reply of parts) if (views.has(reply.task_id)) drawBody(views.get(reply.task_id), reply);
   if (state.stuck) $("messages").scrollTop = $("messages").scrollHeight;
-}
-
-function el(tag, properties, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
-  return node;
-}
-
-const button = (textContent, onclick, rest) => el("button", { type: "button", textContent, onclick, ...rest });
-const span = (textContent = "", className = "") => el("span", { textContent, className });
-
-// Makes `wanted` the children of `parent`. Those in their place aren't touched: moving an element loses its focus.
-function place(parent, wanted) {
-  const keep = new Set(wanted);
-  for (const child of [...parent.childNodes]) if (!keep.has(child)) child.remove();
-  let at = parent.firstChild;
-  for (const node of wanted) {
-    if (node === at) at = at.nextSibling;
-    else parent.insertBefore(node, at);
-  }
 }
 
 const titleOf = (chat) => chat?.title || "Untitled chat";
@@ -546,9 +428,8 @@ function drawRow(chat) {
   return row;
 }
 
-// The conversation: each user message with its replies, older ones folded, and then what has no echo yet.
-function drawChat() {
-  const chat = state.chats.get(state.open);
+// The conversation as groups: each user message with its replies, and the groups in whose place it stands.
+function groupsOf(chat) {
   const groups = [];
   for (const message of chat ? sorted(chat) : []) {
     const group = groups.at(-1);
@@ -560,18 +441,58 @@ function drawChat() {
     if (!task_id || replies.some((reply) => reply.task_id === task_id)) continue;
     replies.push({ is_ai: true, chat_id: chat.id, task_id, content: "", status: "streaming" });
   }
-  const unfinished = groups.flatMap(({ replies }) => replies).filter((reply) => !ended(reply));
-  const last = unfinished.length ? null : groups.at(-1)?.replies.at(-1);
-  const wanted = groups.flatMap(({ asked, replies }) => {
-    const drawn = [...asked, ...replies].map((one) => drawMessage(one, one === last, unfinished.indexOf(one) > 0));
-    const earlier = drawn.splice(asked.length, replies.length - 1);
-    if (earlier.length) drawn.splice(asked.length, 0, drawEarlier(replies[0].id, earlier));
-    return drawn;
-  });
-  for (const { id, chat_id, draft, content, error } of state.outbox) {
+  for (const { id, chat_id, draft, content, replaces, error } of state.outbox) {
     if (chat_id !== state.open || (chat_id === null && draft !== state.draft)) continue;
-    wanted.push(drawMessage({ client_msg_id: id, content, status: error ? "refused" : "pending", error }));
+    const status = error ? "refused" : "pending";
+    groups.push({ asked: [{ client_msg_id: id, content, replaces: error ? null : replaces, status, error }], replies: [] });
   }
+  return groups;
+}
+
+// An edited message takes the place of its earlier version and of all that followed that: they are folded.
+// What stands before the first loaded message isn't known: then all that is loaded followed it.
+function folded(groups) {
+  const shown = [];
+  for (const group of groups) {
+    const replaces = group.asked[0]?.replaces;
+    if (replaces) {
+      const out = shown.splice(Math.max(0, shown.findIndex(({ id }) => id === replaces)));
+      group.earlier = out.flatMap((one) => [...(one.earlier ?? []), one]);
+      group.versions = 1 + (out[0]?.versions ?? 0);
+    }
+    shown.push(group);
+  }
+  return shown;
+}
+
+function drawGroup({ asked, replies, earlier, versions }, context) {
+  const { last, busy, unfinished } = context;
+  const drawn = [...asked, ...replies].map((one) => {
+    const queued = unfinished.indexOf(one) > 0;
+    const retry = one !== replies.at(-1) || context.out ? null : asked[0];
+    return drawMessage(one, { last: one === last, queued, busy, out: context.out, retry });
+  });
+  const older = drawn.splice(asked.length, replies.length - 1);
+  if (older.length) {
+    const key = `before ${replies[0].id}`;
+    drawn.splice(asked.length, 0, drawEarlier(key, `Earlier answers (${older.length})`, older));
+  }
+  if (earlier?.length) {
+    const inside = earlier.flatMap((one) => drawGroup({ ...one, earlier: [] }, { ...context, out: true }));
+    const { client_msg_id, id } = asked[0];
+    drawn.unshift(drawEarlier(`instead ${client_msg_id ?? id}`, `Earlier versions (${versions})`, inside));
+  }
+  return drawn;
+}
+
+function drawChat() {
+  const chat = state.chats.get(state.open);
+  const groups = groupsOf(chat);
+  const shown = folded(groups);
+  const unfinished = groups.flatMap(({ replies }) => replies).filter((reply) => !ended(reply));
+  const last = unfinished.length ? null : shown.at(-1)?.replies.at(-1);
+  const busy = unfinished.length > 0 || state.outbox.some(({ chat_id, error }) => chat_id === state.open && !error);
+  const wanted = shown.flatMap((group) => drawGroup(group, { last, busy, unfinished }));
   const welcome = chat?.loadedOn === 0 ? "Loading…" : "What is on your mind?";
   if (!wanted.length) wanted.push(el("p", { textContent: welcome }));
 
@@ -587,9 +508,9 @@ function drawChat() {
   $("title").textContent = document.title = state.open === null ? "New chat" : titleOf(chat);
 }
 
-function drawEarlier(id, earlier) {
-  const details = viewOf(`before ${id}`, () => el("details", {}, el("summary")));
-  details.firstChild.textContent = `Earlier answers (${earlier.length})`;
+function drawEarlier(key, text, earlier) {
+  const details = viewOf(key, () => el("details", { className: "earlier" }, el("summary")));
+  details.firstChild.textContent = text;
   place(details, [details.firstChild, ...earlier]);
   return details;
 }
@@ -599,45 +520,78 @@ function viewOf(key, make) {
   return views.get(key);
 }
 
-function drawMessage(message, last, queued) {
+function drawMessage(message, context) {
   const { id, is_ai, task_id, client_msg_id, status, error } = message;
   const view = viewOf(is_ai ? task_id : client_msg_id ?? id, () => {
     const about = { className: `message ${is_ai ? "ai" : "user"}`, ariaLabel: is_ai ? "Reply" : "You" };
-    return el("article", about, el("div", { className: "body", dir: "auto" }), el("div", { className: "foot" }));
+    const body = el("div", { className: "body", dir: "auto" });
+    const foot = el("div", { className: "foot" });
+    return Object.assign(el("article", about, body, foot), { body, foot });
   });
   drawBody(view, message);
-  const look = [id, status, error, last, queued, Boolean(message.content)].join();
+  const { last, queued, busy, out, retry } = context;
+  const texts = [Boolean(message.content), Boolean(message.reasoning)];
+  const look = [id, status, error, last, queued, busy, out, retry?.id, ...texts].join();
   if (view.look === look) return view;
   view.look = look;
   view.dataset.id = id ?? "";
   view.dataset.status = status;
-  view.lastChild.replaceChildren(...(is_ai ? replyFoot(message, last, queued) : userFoot(message)));
+  view.foot.replaceChildren(...(is_ai ? replyFoot(message, context) : userFoot(message, context, view)));
   return view;
 }
 
-function drawBody(view, { is_ai, content }) {
+function drawBody(view, message) {
+  const { is_ai, content } = message;
+  drawThoughts(view, message);
   if (view.content === content) return;
   view.content = content;
-  if (is_ai) drawMarkdown(view.firstChild, content);
-  else view.firstChild.textContent = content;
+  if (is_ai) drawMarkdown(view.body, content);
+  else view.body.textContent = content;
 }
 
-function replyFoot(reply, last, queued) {
-  if (!ended(reply) && !queued) return reply.content ? [] : [span("Thinking", "soft dots")];
+// What the model thought aloud is folded, with the seconds that it took where this page saw it.
+function drawThoughts(view, { reasoning, content, status, thoughtMs }) {
+  if (!reasoning) return;
+  if (!view.thoughts) {
+    view.thoughts = el("details", { className: "thinking" }, el("summary"), el("div", { dir: "auto" }));
+    view.body.before(view.thoughts);
+  }
+  const [summary, text] = view.thoughts.children;
+  const thinking = status === "streaming" && !content;
+  summary.className = thinking ? "dots" : "";
+  if (thinking) summary.textContent = "Thinking";
+  else if (thoughtMs) summary.textContent = `Thought for ${Math.max(1, Math.round(thoughtMs / 1000))} s`;
+  else summary.textContent = "Thoughts";
+  if (text.textContent !== reasoning) text.textContent = reasoning;
+}
+
+function replyFoot(reply, { last, queued, busy, out, retry }) {
   const { chat_id, task_id, status, content } = reply;
   const stop = button("Stop this one", () => sendFrame({ action: "abort", chat_id, task_id }));
   if (queued) return [span("Waiting for its turn", "soft dots"), stop];
+  if (!ended(reply)) return content || reply.reasoning ? [] : [span("Thinking", "soft dots")];
+  const failed = status === "failed";
+  const resend = () => write(retry.content, { chat_id, replaces: retry.id });
   return [
-    noteOf(reply) && span(noteOf(reply), status === "failed" ? "soft bad" : "soft"),
+    noteOf(reply) && span(noteOf(reply), failed ? "soft bad" : "soft"),
     content && button("Copy", (event) => copy(event.target, content)),
-    last && button(status === "failed" ? "Try again" : "Regenerate", () => regenerate(chat_id)),
+    last && !out && button(failed ? "Try again" : "Regenerate", () => regenerate(chat_id)),
+    failed && !last && !busy && retry?.id && button("Try again", resend),
+    usageOf(reply) && span(usageOf(reply), "usage soft"),
   ].filter(Boolean);
+}
+
+function usageOf({ model, prompt_tokens, completion_tokens }) {
+  const counts = [[prompt_tokens, "in"], [completion_tokens, "out"]].filter(([count]) => Number.isInteger(count));
+  const tokens = counts.map(([count, way]) => `${count} ${way}`).join(", ");
+  return [model, tokens && `tokens: ${tokens}`].filter(Boolean).join(" · ");
 }
 
 const REASONS = {
   model_error: "The model could not answer.", model_auth: "The model did not accept the service's credentials.",
   model_rate_limited: "The model has too much to do.", model_timeout: "The model took too long.",
   model_incomplete: "The model stopped in the middle of its reply.",
+  model_context: "The conversation is too long for the model.",
   internal: "Something went wrong in the service.",
   length: "Cut off: the reply reached its greatest length.", content_filter: "Withheld by the model's filter.",
 };
@@ -648,16 +602,54 @@ function noteOf({ status, finish_reason }) {
   return REASONS[finish_reason] ?? (status === "failed" ? REASONS.internal : "");
 }
 
-function userFoot({ client_msg_id, status, error }) {
+function userFoot(message, { busy, out }, view) {
+  const { client_msg_id, status, error, content } = message;
   if (status === "pending") return [span("Sending…", "soft")];
-  if (status !== "refused") return [];
+  if (status !== "refused") {
+    const copying = button("", (event) => copy(event.target, content), { className: "icon copy", ariaLabel: "Copy" });
+    const name = { className: "icon edit", ariaLabel: "Edit message", title: "Edit and send again" };
+    return [copying, !out && !busy && button("", () => editMessage(view, message), name)].filter(Boolean);
+  }
   const entry = state.outbox.find(({ id }) => id === client_msg_id);
   const retry = () => { Object.assign(entry, { error: null, sentOn: 0 }); setOutbox(state.outbox); flush(); };
   const edit = () => {
     setOutbox(state.outbox.filter((one) => one !== entry));
     setComposer([entry.content, $("composer").value].filter(Boolean).join("\n"));
   };
-  return [span(`Not sent: ${error}`, "soft bad"), button("Try again", retry), button("Edit", edit)];
+  const reason = span(`Not sent: ${error}`, "soft bad");
+  return [reason, button("Try again", retry), button("Edit", edit)];
+}
+
+// The message becomes a field in its place. What is sent takes its place, the model hears no more of what followed.
+function editMessage(view, { id, chat_id, content }) {
+  const area = el("textarea", { value: content, dir: "auto", ariaLabel: "Edit message" });
+  area.rows = Math.min(12, content.split("\n").length + 1);
+  const end = () => {
+    form.remove();
+    view.body.hidden = view.foot.hidden = false;
+    focusComposer();
+  };
+  const actions = el("div", { className: "row" }, button("Cancel", end), el("button", { textContent: "Send", className: "primary" }));
+  const form = el("form", { className: "edit", ariaLabel: "Edit message" }, area, actions);
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    const text = area.value;
+    if (!text.trim()) return;
+    end();
+    write(text, { chat_id, replaces: id });
+  };
+  form.onkeydown = (event) => {
+    if (event.key === "Escape" && !composing(event)) {
+      event.stopPropagation();
+      end();
+    } else if (sends(event)) {
+      event.preventDefault();
+      form.requestSubmit();
+    }
+  };
+  view.body.hidden = view.foot.hidden = true;
+  view.append(form);
+  area.focus();
 }
 
 function announceEnd(reply) {
@@ -681,197 +673,30 @@ function showState(name, text) {
   $("state").textContent = text;
 }
 
-// ---- Markdown: text to elements in linear time. Nothing in it can load or run anything. ----
-
-const FENCE = /^[ \t]*(`{3,}|~{3,})[ \t]*([^`]*)$/;
-const ITEM = /^[ \t]*([-*+]|\d{1,9}[.)])(?:[ \t]+|$)/;
-const RULE = /^([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
-const COLUMNS = /^\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?$/; // of a trimmed line
-const BREAKS = /^ {0,3}(?:`{3}|~{3}|#{1,6}[ \t]|>)|^[ \t]*(?:[-*+]|1[.)])[ \t]+\S/; // what ends a paragraph
-
-const isOrdered = (line) => /^[ \t]*\d/.test(line);
-const indentOf = (line) => /^[ \t]*/.exec(line)[0].replaceAll("\t", "    ").length;
-const dedent = (line, width) => line.slice(Math.min(width, /^[ \t]*/.exec(line)[0].length));
-const closes = (line, fence) => line.trim().startsWith(fence) && !line.trim().replaceAll(fence[0], "");
-const cellsOf = (line) => line.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim());
-
-// Blocks whose source is unchanged keep their elements: a growing reply costs only its last block.
-function drawMarkdown(target, text) {
-  const old = target.blocks ?? [];
-  target.blocks = blocksOf(text.split(/\r\n?|\n/)).map((block, at) => {
-    const source = block.kind + block.lines.join("\n");
-    if (old[at]?.source === source) return old[at];
-    const node = drawBlock(block, 0);
-    if (old[at]) old[at].node.replaceWith(node);
-    else target.append(node);
-    return { source, node };
-  });
-  for (const { node } of old.slice(target.blocks.length)) node.remove();
-}
-
-function blocksOf(lines) {
-  const found = [];
-  const isTable = (at) => lines[at].includes("|") && COLUMNS.test(lines[at + 1]?.trim() ?? "")
-    && cellsOf(lines[at]).length === cellsOf(lines[at + 1]).length;
-  for (let start = 0, end; start < lines.length; start = end) {
-    const line = lines[start];
-    const take = (kind, stop) => {
-      while (end < lines.length && !stop(lines[end], end)) end += 1;
-      found.push({ kind, lines: lines.slice(start, end) });
-    };
-    end = start + 1;
-    if (!line.trim()) continue;
-    if (FENCE.test(line)) { // one that isn't closed goes on to the end, as while it streams
-      const [, fence] = FENCE.exec(line);
-      take("code", (_, at) => at > start + 1 && closes(lines[at - 1], fence));
-    } else if (/^ {0,3}#{1,6}[ \t]/.test(line)) take("heading", () => true);
-    else if (RULE.test(line.trim())) take("rule", () => true);
-    else if (/^ {0,3}>/.test(line)) take("quote", (one) => !/^ {0,3}>/.test(one));
-    else if (ITEM.test(line)) {
-      const goesOn = (one) => ITEM.test(one) && isOrdered(one) === isOrdered(line) && !RULE.test(one.trim());
-      const indent = indentOf(line);
-      take("list", (one) => one.trim() && indentOf(one) < indent + 2 && !(indentOf(one) >= indent && goesOn(one)));
-    } else if (isTable(start)) take("table", (one) => !one.includes("|"));
-    else take("text", (one, at) => !one.trim() || BREAKS.test(one) || RULE.test(one.trim()) || isTable(at));
-  }
-  return found;
-}
-
-function drawBlock({ kind, lines }, depth) {
-  const [first] = lines;
-  const fill = (node, inner) => { // deeper than this it stays text: the depth is a factor of the time
-    if (depth < 10) node.append(...blocksOf(inner).map((block) => drawBlock(block, depth + 1)));
-    else node.textContent = inner.join("\n");
-    return node;
-  };
-  if (kind === "code") return drawCode(lines);
-  if (kind === "rule") return el("hr");
-  if (kind === "table") return drawTable(lines);
-  if (kind === "text") return inline(el("p"), lines.map((line) => line.trim()).join("\n"));
-  if (kind === "quote") return fill(el("blockquote"), lines.map((line) => line.replace(/^ {0,3}> ?/, "")));
-  if (kind === "heading") { // the page has the h1, and the levels above a reply
-    const [, marks, text] = /^ *(#+)[ \t]+(.*)$/s.exec(first);
-    return inline(el(`h${Math.min(6, marks.length + 2)}`), text.trimEnd().replace(/(^| )#+$/, ""));
-  }
-  const items = [];
-  let width;
-  for (const line of lines) {
-    const marker = indentOf(line) < indentOf(first) + 2 && ITEM.exec(line);
-    if (marker) {
-      width = /^[ \t]*/.exec(line)[0].length + marker[1].length + 1;
-      items.push([line.slice(marker[0].length)]);
-    } else items.at(-1).push(dedent(line, width));
-  }
-  const list = isOrdered(first) ? el("ol", { start: Number.parseInt(first, 10) }) : el("ul");
-  list.append(...items.map((item) => fill(el("li"), item)));
-  return list;
-}
-
-function drawCode([first, ...lines]) {
-  const [, fence, language] = FENCE.exec(first);
-  if (lines.length && closes(lines.at(-1), fence)) lines.pop();
-  const text = lines.map((line) => dedent(line, indentOf(first))).join("\n");
-  const bar = [span(language.trim() || "text", "wide soft"), button("Copy", (event) => copy(event.target, text))];
-  const pre = el("pre", { tabIndex: 0, dir: "ltr", ariaLabel: "Code" }, el("code", { textContent: text }));
-  return el("div", { className: "code" }, el("div", { className: "row" }, ...bar), pre);
-}
-
-function drawTable([head, columns, ...body]) {
-  const align = cellsOf(columns).map((one) => (!one.endsWith(":") ? "left" : one.startsWith(":") ? "center" : "right"));
-  const row = (tag, line) => el("tr", {}, ...cellsOf(line).slice(0, align.length).map((text, at) => {
-    const cell = inline(el(tag), text.replaceAll("\\|", "|"));
-    cell.dataset.align = align[at];
-    return cell;
-  }));
-  const rest = el("tbody", {}, ...body.map((line) => row("td", line)));
-  return el("div", { className: "table" }, el("table", {}, el("thead", {}, row("th", head)), rest));
-}
-
-// An escape, code, emphasis, the beginning and the middle of a link, an address, or a line's end.
-const TOKEN = new RegExp([
-  /\\([!-/:-@[-`{-~])/, /(`+)/, /(\*+|_+|~~)/, /(!?\[)/, /(\]\()/,
-  /<((?:https?:\/\/|mailto:)[^\s<>]*)>/, /(https?:\/\/[^\s<>"'`*|)\]]+)/, /\n/,
-].map((one) => one.source).join("|"), "gi");
-const TARGET = /[ \t]*<?((?:[^\s<>()]|\([^\s<>()]*\))*)>?(?:[ \t]+"[^"]*")?[ \t]*\)/y;
-const TAGS = { "*": "em", _: "em", "**": "strong", __: "strong", "~~": "del" };
-
-// One pass pairs the tokens, a second one builds. Openers wait on a stack of at most 32, so finding the partner of an
-// ending takes constant time, however many openers never end.
-function inline(parent, text) {
-  const tokens = [], stack = [], unclosed = new Set();
-  const add = (token) => { tokens.push(token); return token; };
-  const pair = (token, ...markers) => {
-    const at = stack.findLastIndex((opener) => markers.includes(opener.marker));
-    if (at < 0) return null;
-    token.ends = stack[at].begins = true;
-    return stack.splice(at)[0]; // those in between have no partner and stay text
-  };
-  const wait = (token) => { if (stack.push(token) > 32) stack.shift(); };
-  let at = TOKEN.lastIndex = 0;
-  for (let match; (match = TOKEN.exec(text)); TOKEN.lastIndex = at) {
-    const [whole, escaped, ticks, marks, bracket, middle, angle, bare] = match;
-    add({ text: text.slice(at, match.index) });
-    at = match.index + whole.length;
-    if (escaped) add({ text: escaped });
-    else if (ticks) {
-      const end = unclosed.has(ticks) ? -1 : text.indexOf(ticks, at);
-      if (end < 0) unclosed.add(ticks); // looking for it once is enough
-      if (end < 0) add({ text: ticks });
-      else add({ node: el("code", { textContent: text.slice(at, end).replaceAll("\n", " ").trim() }) });
-      if (end >= 0) at = end + ticks.length;
-    } else if (marks) {
-      const [before, after] = [text[match.index - 1] ?? " ", text[at] ?? " "];
-      const inWord = marks[0] === "_" && /[\p{L}\p{N}]/u.test(before) && /[\p{L}\p{N}]/u.test(after);
-      const parts = marks.length === 3 ? [marks.slice(1), marks[0]] : [marks];
-      if (parts[1] && stack.at(-1)?.marker === parts[1]) parts.reverse(); // *** ends the inner one first
-      for (const part of parts) {
-        const token = add({ text: part, marker: part });
-        if (inWord || !(part in TAGS) || (/\S/.test(before) && pair(token, part))) continue;
-        if (/\S/.test(after)) wait(token);
-      }
-    } else if (bracket) wait(add({ text: bracket, marker: bracket }));
-    else if (middle) {
-      TARGET.lastIndex = at;
-      const token = add({ text: middle });
-      const target = TARGET.exec(text);
-      const opener = target && pair(token, "[", "![");
-      if (opener) {
-        opener.href = target[1];
-        at = TARGET.lastIndex;
-        for (const one of stack) if (one.marker === "[") one.marker = ""; // there are no links in links
-      }
-    } else if (angle || bare) {
-      const url = angle ?? bare.replace(/[.,;:!?]+$/, "");
-      add({ node: linkTo(url, url) });
-      if (bare) at = match.index + url.length;
-    } else add({ node: el("br") });
-  }
-  add({ text: text.slice(at) });
-  let node = parent;
-  for (const { text: plain, node: ready, marker, begins, ends, href } of tokens) {
-    if (ends) node = node.parentNode;
-    else if (!begins) node.append(ready ?? plain);
-    else {
-      node.append(TAGS[marker] ? el(TAGS[marker]) : linkTo(href, plain === "![" ? "Image: " : ""));
-      node = node.lastChild;
-    }
-  }
-  return parent;
-}
-
-// Only these schemes: javascript: or data: stay text, and a relative address would lead into this service.
-function linkTo(href, text) {
-  if (!/^(?:https?:\/\/|mailto:)/i.test(href)) return span(text);
-  return el("a", { href, rel: "noopener noreferrer nofollow", target: "_blank", textContent: text });
-}
-
 // ---- Wiring: what people do ----
+
+const touch = matchMedia("(pointer: coarse)");
+
+// On a phone the keyboard would cover half of what is to be read: there one taps to write.
+function focusComposer() {
+  if (!touch.matches) $("composer").focus();
+}
 
 function setComposer(text) {
   $("composer").value = text;
+  keepDraft(state.open, text);
   growComposer();
-  $("composer").focus();
+  focusComposer();
 }
+
+function showDraft() {
+  $("composer").value = draftOf(state.open);
+  growComposer();
+}
+
+// Safari ends an IME's conversion with an Enter that only its keyCode tells from others.
+const composing = (event) => event.isComposing || event.keyCode === 229;
+const sends = (event) => event.key === "Enter" && !event.shiftKey && !composing(event) && !touch.matches;
 
 function growComposer() {
   $("composer").style.height = "auto";
@@ -881,38 +706,27 @@ function growComposer() {
 function submit() {
   const content = $("composer").value;
   if (!content.trim()) return;
-  const { open: chat_id, draft } = state;
-  state.stuck = true;
-  setOutbox([...state.outbox, { id: newId(), chat_id, draft, content, error: null, sentOn: 0 }]);
+  write(content, { chat_id: state.open });
   setComposer("");
+}
+
+function write(content, { chat_id, replaces }) {
+  state.stuck = true;
+  const entry = { id: newId(), chat_id, draft: state.draft, content, replaces, error: null, sentOn: 0 };
+  setOutbox([...state.outbox, entry]);
   flush();
 }
 
 function stopAll() {
   if ($("stop").hidden) return;
   sendFrame({ action: "abort", chat_id: state.open });
-  $("composer").focus();
+  focusComposer();
 }
 
 function regenerate(chat_id) {
   state.stuck = true;
   sendFrame({ action: "regenerate", chat_id });
-  $("composer").focus();
-}
-
-async function copy(origin, text) {
-  try {
-    await navigator.clipboard.writeText(text); // only in secure contexts, and only if allowed
-  } catch {
-    const area = el("textarea", { value: text, className: "unseen" });
-    origin.after(area);
-    area.select();
-    document.execCommand("copy");
-    area.remove();
-    origin.focus();
-  }
-  origin.textContent = "Copied";
-  setTimeout(() => { origin.textContent = "Copy"; }, 1500);
+  focusComposer();
 }
 
 // Returns what was entered, or null if it was cancelled. The browser gives the focus back.
@@ -950,15 +764,41 @@ async function showResults() {
   const path = userPath(`search?q=${encodeURIComponent(words)}`);
   const found = words ? await (await api("GET", path)).json() : [];
   if (words !== $("search").value.trim()) return;
-  $("results").replaceChildren(...found.map(({ chat_id, id, snippet }) => {
-    const link = el("a", { href: `#${chat_id}` }, span(titleOf(state.chats.get(chat_id)), "soft"), span(snippet));
+  const parts = words.toLowerCase().split(/\s+/);
+  const titled = words ? [...state.chats.values()].filter((chat) => chat.updated_at && fits(titleOf(chat), parts)) : [];
+  $("results").replaceChildren(...titled.map((chat) => {
+    return el("li", {}, el("a", { href: `#${chat.id}`, onclick: closeDrawer }, marked(titleOf(chat), parts)));
+  }), ...found.map(({ chat_id, id, snippet }) => {
+    const title = span(titleOf(state.chats.get(chat_id)), "soft");
+    const link = el("a", { href: `#${chat_id}` }, title, marked(around(snippet, parts), parts, "snippet"));
     link.onclick = (event) => { event.preventDefault(); closeDrawer(); attempt(() => showFound(chat_id, id)); };
     return el("li", {}, link);
   }));
-  if (!found.length) $("results").append(el("li", { className: "soft", textContent: "Nothing found." }));
+  if (!titled.length && !found.length) $("results").append(el("li", { className: "soft", textContent: "Nothing found." }));
   $("results").hidden = !words;
   $("chats").hidden = words !== "";
   changed("list");
+}
+
+const fits = (text, words) => words.every((word) => text.toLowerCase().includes(word));
+const anyOf = (words) => new RegExp(words.map((word) => word.replace(/[^\p{L}\p{N}]/gu, "\\$&")).join("|"), "gi");
+
+// A text with the words that were looked for marked.
+function marked(text, words, className) {
+  const node = span("", className);
+  let at = 0;
+  for (const { 0: found, index } of text.matchAll(anyOf(words))) {
+    node.append(text.slice(at, index), el("mark", { textContent: found }));
+    at = index + found.length;
+  }
+  node.append(text.slice(at));
+  return node;
+}
+
+// The first of the words shall be in the lines that are shown.
+function around(text, words) {
+  const at = text.search(anyOf(words)) - 60;
+  return at > 0 ? `…${text.slice(at)}` : text;
 }
 
 async function showFound(chatId, id) {
@@ -970,12 +810,51 @@ async function showFound(chatId, id) {
   changed("chat");
   requestAnimationFrame(() => {
     const node = document.querySelector(`.message[data-id="${id}"]`);
-    const details = node?.closest("details");
-    if (details) details.open = true;
+    for (let details = node?.closest("details"); details; details = details.parentElement.closest("details")) {
+      details.open = true;
+    }
     node?.scrollIntoView({ block: "center" });
     node?.classList.add("found");
     setTimeout(() => node?.classList.remove("found"), 3000);
   });
+}
+
+// Model, instructions and export of the open chat. A new one is made here if anything is chosen for it.
+async function openSettings() {
+  const chat = state.chats.get(state.open);
+  $("instructions").value = chat?.instructions ?? "";
+  $("export").hidden = !chat;
+  const { default: usual, models } = await (await api("GET", "api/models")).json();
+  const option = (value, textContent) => el("option", { value, textContent });
+  $("model").replaceChildren(option("", `${usual} (default)`), ...models.filter((name) => name !== usual).map((name) => option(name, name)));
+  $("model").value = chat?.model ?? "";
+  if ($("model").selectedIndex < 0) $("model").value = "";
+  $("settings").showModal();
+}
+
+async function saveSettings() {
+  const chat = state.chats.get(state.open);
+  const chosen = { model: $("model").value || null, instructions: $("instructions").value.trim() || null };
+  $("settings").close();
+  if (chat) await api("PATCH", `api/chats/${chat.id}`, chosen); // its `chat` frame does the rest
+  else if (chosen.model || chosen.instructions) {
+    const made = await (await api("POST", userPath("chats"), chosen)).json();
+    mergeChat(made);
+    enterMade(made.id);
+  }
+}
+
+// The whole chat, all pages of it, as a file. What was replaced is left out, as it is folded on the page.
+async function exportChat() {
+  const chat = chatOf(state.open);
+  while (chat.hasMore) await loadOlder(chat, 1000);
+  const lines = [`# ${titleOf(chat)}`];
+  for (const { asked, replies } of folded(groupsOf(chat))) {
+    for (const { content } of asked) lines.push("## You", content);
+    const reply = replies.at(-1);
+    if (reply) lines.push("## Reply", [reply.content, noteOf(reply) && `*${noteOf(reply)}*`].filter(Boolean).join("\n\n"));
+  }
+  download(`${titleOf(chat).replace(/[^\p{L}\p{N} -]/gu, "_").slice(0, 60)}.md`, `${lines.join("\n\n")}\n`);
 }
 
 function loadAbove() {
@@ -1009,11 +888,48 @@ function userOf(token) {
   }
 }
 
+// One sign-in lasts for the browser's session: a new tab asks the others, and a page that opened this one
+// may hand a token over: from the same origin, or from one that <meta name="token-origins"> lists.
+const others = new BroadcastChannel(`sign-in ${location.pathname}`);
+const mayHandOver = [location.origin, ...$("token-origins").content.split(/\s+/).filter(Boolean)];
+
+function takeToken(token) {
+  if (typeof token !== "string" || !userOf(token) || token === state.token) return;
+  sessionStorage.token = token;
+  location.reload();
+}
+
+function askForToken() {
+  others.postMessage({ type: "chat-token?" });
+  for (const origin of mayHandOver) window.opener?.postMessage({ type: "chat-token?" }, origin);
+}
+
+others.onmessage = ({ data }) => {
+  if (data?.type === "chat-token?" && state.token && !$("sign-in").open) {
+    others.postMessage({ type: "chat-token", token: state.token });
+  } else if (data?.type === "chat-token" && wantsToken()) takeToken(data.token);
+};
+onmessage = ({ data, origin }) => {
+  if (data?.type === "chat-token" && mayHandOver.includes(origin)) takeToken(data.token);
+};
+
+const wantsToken = () => $("sign-in").open && !$("token").disabled;
+
+// `#token=…` in the address is a token that was handed over; it isn't left there to be copied along.
+function tokenInAddress() {
+  const [, token, chatId] = /^#token=([\w.-]+)(?:&chat=(\d+))?$/.exec(location.hash) ?? [];
+  if (!token) return;
+  sessionStorage.token = token;
+  history.replaceState(null, "", location.pathname + location.search + (chatId ? `#${chatId}` : ""));
+}
+
 function signIn(withToken, why) {
   $("name-field").hidden = $("name").disabled = withToken;
   $("token-field").hidden = $("token").disabled = !withToken;
   $("sign-in-why").textContent = why || (withToken ? "This service asks for a token." : "Your chats go by this name.");
-  if (!$("sign-in").open) $("sign-in").showModal();
+  if ($("sign-in").open) return;
+  $("sign-in").showModal();
+  if (withToken && !state.socket) askForToken();
 }
 
 // Which of the two is asked for is up to the service.
@@ -1040,14 +956,22 @@ $("change-user").onclick = changeUser;
 $("ask").querySelector("form").onsubmit = (event) => { event.preventDefault(); $("ask").close("ok"); };
 $("ask-cancel").onclick = () => $("ask").close();
 $("write").onsubmit = (event) => { event.preventDefault(); submit(); };
-$("composer").oninput = growComposer;
+$("composer").oninput = () => {
+  growComposer();
+  keepDraft(state.open, $("composer").value);
+};
 $("composer").onkeydown = (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  submit();
+  if (sends(event)) {
+    event.preventDefault();
+    submit();
+  } else if (event.key === "ArrowUp" && !$("composer").value) {
+    const last = [...document.querySelectorAll("#messages > .user .icon.edit")].at(-1);
+    last?.click();
+    if (last) event.preventDefault();
+  }
 };
 $("stop").onclick = stopAll;
-$("new-chat").onclick = () => { location.hash = ""; closeDrawer(); $("composer").focus(); };
+$("new-chat").onclick = () => { location.hash = ""; closeDrawer(); focusComposer(); };
 $("more-chats").onclick = () => attempt(() => loadChats(state.nextPage));
 $("search").oninput = () => {
   clearTimeout(searchTimer);
@@ -1055,7 +979,7 @@ $("search").oninput = () => {
 };
 $("menu").onclick = () => setDrawer(true);
 $("close-menu").onclick = $("backdrop").onclick = closeDrawer;
-$("newest").onclick = () => { followBottom(); $("composer").focus(); };
+$("newest").onclick = () => { followBottom(); focusComposer(); };
 $("messages").onscroll = () => {
   const { scrollTop, scrollHeight, clientHeight } = $("messages");
   state.stuck = $("newest").hidden = scrollHeight - scrollTop - clientHeight < 48;
@@ -1064,18 +988,52 @@ $("messages").onscroll = () => {
 new ResizeObserver(() => { if (state.stuck) followBottom(); }).observe($("messages"));
 matchMedia("(max-width: 45rem)").onchange = closeDrawer;
 document.onkeydown = (event) => {
-  if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
+  if (composing(event) || document.querySelector("dialog[open]")) return;
+  const writes = event.target.matches("input, textarea, select");
+  if (!writes && event.key === "?") $("shortcuts").showModal();
+  if (!writes && event.key === "/") {
+    event.preventDefault();
+    if (getComputedStyle($("sidebar")).visibility === "hidden") setDrawer(true);
+    $("search").focus();
+  }
+  if (event.key !== "Escape") return;
   if (document.body.classList.contains("drawer")) closeDrawer();
   else if (event.target !== $("search")) stopAll();
 };
 onhashchange = () => openChat().catch(unloaded);
 ononline = reconnectNow;
 document.onvisibilitychange = () => {
-  if (!document.hidden && state.socket?.readyState !== WebSocket.OPEN) reconnectNow();
+  if (document.hidden) return;
+  if (state.socket?.readyState === WebSocket.OPEN) ping();
+  else reconnectNow();
 };
+setInterval(ping, PING_MS);
+$("help").onclick = () => $("shortcuts").showModal();
+$("settings-open").onclick = () => attempt(openSettings);
+$("settings-cancel").onclick = () => $("settings").close();
+$("settings").querySelector("form").onsubmit = (event) => { event.preventDefault(); attempt(saveSettings); };
+$("export").onclick = () => attempt(exportChat);
+$("theme").value = localStorage.theme ?? "";
+$("theme").onchange = () => {
+  const { value } = $("theme");
+  if (value) localStorage.theme = document.documentElement.dataset.theme = value;
+  else {
+    delete localStorage.theme;
+    delete document.documentElement.dataset.theme;
+  }
+};
+const unfoldedToPrint = [];
+onbeforeprint = () => {
+  for (const details of document.querySelectorAll("#messages details:not([open])")) {
+    details.open = true;
+    unfoldedToPrint.push(details);
+  }
+};
+onafterprint = () => { for (const details of unfoldedToPrint.splice(0)) details.open = false; };
 
+tokenInAddress();
 state.token = sessionStorage.token ?? "";
-state.user = userOf(state.token) || (new URLSearchParams(location.search).get("user") ?? localStorage.user ?? "");
+state.user = userOf(state.token) || (new URLSearchParams(location.search).get("user") ?? localStorage.user ?? `guest-${newId().slice(0, 13)}`);
 $("name").value = state.user;
 if (!$("name").validity.valid) changeUser();
 else {
@@ -1083,10 +1041,8 @@ else {
   $("who").textContent = state.user;
   setOutbox(JSON.parse(sessionStorage[`outbox ${state.user}`] ?? "[]").map((entry) => ({ ...entry, sentOn: 0 })));
   state.draft = state.outbox.find(({ chat_id }) => chat_id === null)?.draft ?? state.draft;
+  showDraft();
   openChat();
   connect();
-  $("composer").focus();
+  focusComposer();
 }
-</script>
-</body>
-</html>
