@@ -191,7 +191,7 @@ async function api(method, path, body) {
   if (state.token) headers.Authorization = `Bearer ${state.token}`;
   const response = await fetch(path, { method, headers, body: body && JSON.stringify(body) });
   if (response.ok) return response;
-  if (response.status === 401) signIn(true, state.token && EXPIRED);
+  if (response.status === 401) signInAgain();
   const { detail = `The service answered ${response.status}.` } = await response.json().catch(() => ({}));
   throw Object.assign(new Error(detail), { status: response.status });
 }
@@ -251,7 +251,7 @@ function lost({ code, reason }) {
   changed("chat");
   if (code === 4403) return showState("refused", `Not allowed: ${reason}`);
   if (code === 4401) showState("refused", "Signed out");
-  if (code === 4401) return signIn(true, state.token && EXPIRED);
+  if (code === 4401) return signInAgain();
   if (code === 1009) { // a frame was too long: sending it again would only close the next connection
     const [longest] = state.outbox.filter((one) => one.sentOn).sort((a, b) => b.content.length - a.content.length);
     if (longest) refused({ client_msg_id: longest.id, message: "The message is too long." });
@@ -899,21 +899,23 @@ function takeToken(token) {
   location.reload();
 }
 
-function askForToken() {
+let wantsToken = false;
+
+function signInAgain() {
+  signIn(true, state.token && EXPIRED);
+  wantsToken = true;
   others.postMessage({ type: "chat-token?" });
   for (const origin of mayHandOver) window.opener?.postMessage({ type: "chat-token?" }, origin);
 }
 
 others.onmessage = ({ data }) => {
-  if (data?.type === "chat-token?" && state.token && !$("sign-in").open) {
+  if (data?.type === "chat-token?" && state.token && !wantsToken) {
     others.postMessage({ type: "chat-token", token: state.token });
-  } else if (data?.type === "chat-token" && wantsToken()) takeToken(data.token);
+  } else if (data?.type === "chat-token" && wantsToken) takeToken(data.token);
 };
 onmessage = ({ data, origin }) => {
   if (data?.type === "chat-token" && mayHandOver.includes(origin)) takeToken(data.token);
 };
-
-const wantsToken = () => $("sign-in").open && !$("token").disabled;
 
 // `#token=…` in the address is a token that was handed over; it isn't left there to be copied along.
 function tokenInAddress() {
@@ -927,9 +929,7 @@ function signIn(withToken, why) {
   $("name-field").hidden = $("name").disabled = withToken;
   $("token-field").hidden = $("token").disabled = !withToken;
   $("sign-in-why").textContent = why || (withToken ? "This service asks for a token." : "Your chats go by this name.");
-  if ($("sign-in").open) return;
-  $("sign-in").showModal();
-  if (withToken && !state.socket) askForToken();
+  if (!$("sign-in").open) $("sign-in").showModal();
 }
 
 // Which of the two is asked for is up to the service.
