@@ -231,7 +231,7 @@ async def test_a_message_is_edited_and_sent_again(
         await asked(page, 0).get_by_label("Edit message").click()
         await expect(page.get_by_role("textbox", name="Edit message")).to_be_focused()
         await page.keyboard.press("Escape")
-        await expect(page.locator(".edit")).to_have_count(0)
+        await expect(page.locator("form.edit")).to_have_count(0)
         for number, text in [(1, "uno"), (2, "eins")]:
             await asked(page, 0).get_by_label("Edit message").click()
             await page.fill(".edit textarea", text)
