@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import time
 from typing import TYPE_CHECKING, Any, Self
 
-import jwt
-import pytest
-from axe_playwright_python.async_playwright import Axe
+from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from playwright.async_api import Locator, Page, expect
 
 from test_chat_app import (
@@ -31,6 +28,7 @@ from test_chat_app import (
     is_online,
     refuse_400,
     reply,
+    says,
     service,
     settings,
     shows,
@@ -55,7 +53,8 @@ class Proxy(Peer):
 
     def __init__(self, service: Peer) -> None:
         self.service = service
-        self.silent = False
+        self.heard = asyncio.Event()  # else nothing passes, and nothing is answered
+        self.heard.set()
         self.upgrades = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -86,8 +85,7 @@ class Proxy(Peer):
         assert path.startswith("/chat/"), path
         if "\r\nUpgrade:" in rest:
             self.upgrades += 1
-            while self.silent:
-                await asyncio.sleep(0.01)
+            await self.heard.wait()
         else:
             rest = re.sub("(?i)Connection: .*", "Connection: close", rest)
         address = self.service.address.removeprefix("http://").split(":")
@@ -103,7 +101,7 @@ class Proxy(Peer):
 
     async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
-            if not self.silent:
+            if self.heard.is_set():
                 writer.write(data)
                 await writer.drain()
 
@@ -201,7 +199,7 @@ async def test_the_settings_of_a_chat_are_chosen(
     they make it. Axe finds nothing in the dialog."""
     async with Service(settings(models="large")) as running, tab(running) as page:
         await is_online(page)
-        for model, text in [("large", "Be brief"), ("", "Be kind")]:
+        for model, text in [("", "Be kind"), ("large", "Be brief")]:
             await page.click("#settings-open")
             await is_accessible(page)
             await page.select_option("#model", model)
@@ -214,7 +212,12 @@ async def test_the_settings_of_a_chat_are_chosen(
             await expect(page.locator("#instructions")).to_have_value(text)
             await page.click("#settings-cancel")
         stored = running.stored("SELECT model, instructions FROM chats")
-        assert stored == [(None, "Be kind")]
+        assert stored == [("large", "Be brief")]
+        await ask(page, "Hello")
+        await shows(page, "Hello, world", "complete")
+    asked_for = (await upstream.exchange()).body
+    assert asked_for["model"] == "large"
+    assert "Be brief" in asked_for["messages"][0]["content"]
 
 
 async def test_a_message_is_edited_and_sent_again(
@@ -286,7 +289,7 @@ async def test_a_failed_reply_that_is_not_the_last_can_be_had_again(
     service: Service, upstream: Upstream, tab: Tab
 ) -> None:
     """Its question is sent again in its own place."""
-    upstream.scripts = [refuse_400, echo, echo]
+    upstream.scripts = [refuse_400, says("second"), echo]
     async with tab(service) as page:
         await ask(page, "first")
         await shows(page, "", "failed")
@@ -318,7 +321,10 @@ async def test_a_message_is_copied_and_a_chat_saved_as_markdown(
             await page.click("#export")
         path: Path = await (await download.value).path()
         text = "**Hello** there"
-        assert path.read_text("utf-8") == f"# {text}\n\n## You\n\n{text}\n\n## Reply\n\n{text}\n"
+        assert (
+            await asyncio.to_thread(path.read_text, "utf-8")
+            == f"# {text}\n\n## You\n\n{text}\n\n## Reply\n\n{text}\n"
+        )
 
 
 async def test_a_draft_belongs_to_its_chat(service: Service, tab: Tab) -> None:
@@ -382,7 +388,7 @@ async def test_a_connection_that_died_without_a_word_is_noticed(service: Service
     and a handshake gets 10 s."""
     async with Proxy(service) as proxy, tab(proxy) as page:
         sent: list[Any] = []
-        page.on("websocket", lambda ws: ws.on("framesent", lambda data: sent.append(data)))
+        page.on("websocket", lambda ws: ws.on("framesent", lambda data: sent.extend([data])))
         await page.clock.install()
         await page.reload()
         await is_online(page)
@@ -394,7 +400,7 @@ async def test_a_connection_that_died_without_a_word_is_noticed(service: Service
         assert sent == ['{"action":"ping"}']
         await page.clock.fast_forward(6_000)
         await is_online(page)
-        proxy.silent = True
+        proxy.heard.clear()
         before = proxy.upgrades
         await page.clock.fast_forward(26_000)
         await is_online(page)
@@ -404,7 +410,7 @@ async def test_a_connection_that_died_without_a_word_is_noticed(service: Service
         async with asyncio.timeout(LIMIT):
             while proxy.upgrades < before + 2:
                 await page.evaluate("1")
-        proxy.silent = False
+        proxy.heard.set()
         await is_online(page)
         await ask(page, "Are you there?")
         await shows(page, "Hello, world", "complete")
