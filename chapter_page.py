@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import pytest
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from playwright.async_api import Locator, Page, expect
 
@@ -39,7 +42,6 @@ from test_chat_app import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from chat_app import Settings
 
@@ -110,13 +112,6 @@ async def think(exchange: Exchange, *thoughts: str) -> None:
     for thought in thoughts:
         delta = {"reasoning_content": thought}
         await exchange.event({"choices": [{"index": 0, "delta": delta}]})
-
-
-async def thinks(exchange: Exchange) -> None:
-    await exchange.start()
-    await think(exchange, "Let me ", "see.")
-    await exchange.say("Hello")
-    await exchange.finish()
 
 
 async def is_accessible(page: Page) -> None:
@@ -566,3 +561,44 @@ async def test_a_sign_in_lasts_and_can_be_handed_over(
         opened = await popup.value
         await expect(opened.locator("#who")).to_have_text("ada")
         await is_online(opened)
+
+
+RIDDLE = "A bat and a ball cost €1.10; the bat costs a euro more than the ball. What is the ball?"
+
+
+@pytest.mark.skipif("SCREENSHOTS" not in os.environ, reason="SCREENSHOTS names no folder")
+async def test_more_pictures_for_the_readme(service: Service, upstream: Upstream, tab: Tab) -> None:
+    """Thinking aloud, unfolded, on a phone in the dark; an edited message with its earlier version
+    ."""
+    folder = Path(os.environ["SCREENSHOTS"])
+    answer = "**5 cents.** The bat is then €1.05, and together they are €1.10."
+
+    async def ponders(exchange: Exchange) -> None:
+        await exchange.start()
+        await think(exchange, "If the ball were 10 cents, the bat would be €1.10, and both €1.20: ")
+        await think(exchange, "too much. So x + (x + 1) = 1.10, and x = 0.05.")
+        await exchange.say(answer)
+        await exchange.finish()
+
+    upstream.scripts = [says("10 cents."), ponders]
+    await service.new_chat("ada", "Trip to Lisbon in May")
+    chat_id = await service.new_chat("ada", "A riddle")
+    path = f"/?user=ada#{chat_id}"
+    async with (
+        tab(service, path, **DESKTOP) as desktop,
+        tab(service, path, **PHONE, color_scheme="dark") as phone,
+    ):
+        await ask(desktop, "What is the ball, if both are €1.10?")
+        await shows(desktop, "10 cents.", "complete")
+        await asked(desktop).get_by_label("Edit message").click()
+        await desktop.fill(".edit textarea", RIDDLE)
+        await desktop.press(".edit textarea", "Enter")
+        for page, name in [(desktop, "editing"), (phone, "thinking")]:
+            await shows(page, re.compile("5 cents"), "complete")
+            await reply(page).locator(".thinking summary").click()
+            if page is desktop:
+                await page.click("#messages > details > summary")
+                await asked(page).hover()
+            picture = folder / f"{name}.png"
+            await page.screenshot(path=picture, animations="disabled")
+            assert picture.stat().st_size < 150_000
