@@ -6,28 +6,40 @@ import { drawMarkdown } from "./markdown.js";
 // ---- State: what is known, and how it grows ----
 
 const state = {
-  user: "", token: "",
+  user: "",
+  token: "",
   chats: new Map(), // id -> the service's chat and what is known of its messages, see chatOf()
   gone: new Set(), // deleted chats: a late answer must not bring one back
   nextPage: null, // address of the next page of the list of chats
   open: null, // id of the open chat; null while a new one is begun
   draft: newId(), // stands for the chat that the first message of a new one will make
   outbox: [], // what has no echo yet: { id, chat_id, draft, content, replaces, error, sentOn }
-  socket: null, connection: 0, // the current connection and its number
+  socket: null,
+  connection: 0, // the current connection and its number
   stuck: true, // the conversation is at its bottom and follows it
 };
 
 // randomUUID exists only in secure contexts, and this page also runs on http:// in a local network.
 function newId() {
   if (crypto.randomUUID) return crypto.randomUUID();
-  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) =>
+    byte.toString(16).padStart(2, "0"),
+  ).join("");
 }
 
 // loadedOn: the connection on which the newest page was loaded, on any other it may be out of date.
 // seenTo: the last id that was known without a gap when the connection was lost.
 function chatOf(id) {
   if (!state.chats.has(id)) {
-    const none = { title: "", updated_at: "", activity: "", unread: false, hasMore: false, loadedOn: 0, seenTo: 0 };
+    const none = {
+      title: "",
+      updated_at: "",
+      activity: "",
+      unread: false,
+      hasMore: false,
+      loadedOn: 0,
+      seenTo: 0,
+    };
     state.chats.set(id, { id, ...none, messages: new Map() });
   }
   return state.chats.get(id);
@@ -43,14 +55,16 @@ function mergeChat({ messages, has_more, ...fields }) {
   if (fields.updated_at > chat.activity) chat.activity = fields.updated_at;
 }
 
-// Idempotent, and the order of arrival doesn't matter: an ending is final, and a running text belongs to the socket,
-// because a copy read by HTTP may be behind its tokens or ahead of them. Returns whether this is a reply's ending.
+// Idempotent, and the order of arrival doesn't matter: an ending is final, and a running text
+// belongs to the socket, because a copy read by HTTP may be behind its tokens or ahead of them.
+// Returns whether this is a reply's ending.
 function mergeMessage(message) {
   const chat = chatOf(message.chat_id);
   const known = chat.messages.get(message.id) ?? { content: "", status: "streaming" };
   const ends = message.is_ai && ended(message) && !ended(known);
   if (!message.is_ai || ended(message) || !ended(known)) {
-    const keep = !ended(message) && (isLive(known) || known.content.length > message.content.length);
+    const keep =
+      !ended(message) && (isLive(known) || known.content.length > message.content.length);
     const { content, reasoning } = known;
     chat.messages.set(message.id, Object.assign(known, message, keep && { content, reasoning }));
   }
@@ -63,8 +77,17 @@ function mergeMessage(message) {
 function replyOf({ chat_id, message_id: id, task_id }) {
   const chat = chatOf(chat_id);
   if (!chat.messages.has(id)) {
-    const reply_to = sorted(chat).findLast((message) => !message.is_ai && message.task_id === task_id)?.id ?? null;
-    chat.messages.set(id, { id, chat_id, task_id, reply_to, content: "", is_ai: true, status: "streaming" });
+    const reply_to =
+      sorted(chat).findLast((message) => !message.is_ai && message.task_id === task_id)?.id ?? null;
+    chat.messages.set(id, {
+      id,
+      chat_id,
+      task_id,
+      reply_to,
+      content: "",
+      is_ai: true,
+      status: "streaming",
+    });
   }
   return chat.messages.get(id);
 }
@@ -78,7 +101,8 @@ function forget(chatId) {
   changed("list");
 }
 
-// In sessionStorage, so that it outlives a reload: each tab sends again only what it has sent itself.
+// In sessionStorage, so that it outlives a reload: each tab sends again only what it has sent
+// itself.
 function setOutbox(outbox) {
   state.outbox = outbox;
   sessionStorage[`outbox ${state.user}`] = JSON.stringify(outbox);
@@ -88,7 +112,8 @@ function setOutbox(outbox) {
 function delivered({ client_msg_id, chat_id }) {
   const entry = state.outbox.find(({ id }) => id === client_msg_id);
   if (!entry) return;
-  if (entry.chat_id === null) { // its chat exists now: what was written behind it belongs there too
+  if (entry.chat_id === null) {
+    // its chat exists now: what was written behind it belongs there too
     for (const other of state.outbox) if (other.draft === entry.draft) other.chat_id = chat_id;
     if (state.open === null && state.draft === entry.draft) {
       enterMade(chat_id);
@@ -114,7 +139,9 @@ const draftOf = (chatId) => drafts()[chatId ?? "new"] ?? "";
 
 function keepDraft(chatId, text) {
   const { [chatId ?? "new"]: _, ...others } = drafts();
-  sessionStorage[draftsKey()] = JSON.stringify(text ? { ...others, [chatId ?? "new"]: text } : others);
+  sessionStorage[draftsKey()] = JSON.stringify(
+    text ? { ...others, [chatId ?? "new"]: text } : others,
+  );
 }
 
 // ---- Protocol client: the service's frames and endpoints ----
@@ -135,7 +162,8 @@ function receive(frame) {
     if (!ended(reply)) Object.assign(reply, { content, reasoning, seq, live: state.connection });
   } else if (type === "token") {
     const reply = replyOf(frame);
-    // Without a sync on this connection its text begins here: what HTTP has shown of it is replaced.
+    // Without a sync on this connection its text begins here: what HTTP has shown of it is
+    // replaced.
     if (!ended(reply) && !isLive(reply)) {
       Object.assign(reply, { content: "", reasoning: null, seq: 0, live: state.connection });
     }
@@ -150,7 +178,8 @@ function receive(frame) {
   const isNews = chatId !== state.open && !chat.unread && type !== "chat" && type !== "sync";
   if (isNews) chat.unread = true;
   if (isNews || part === "chat") changed("list");
-  if (!chat.updated_at) { // a chat of a later page of the list: its new message has moved it to the first one
+  if (!chat.updated_at) {
+    // a chat of a later page of the list: its new message has moved it to the first one
     chat.updated_at = "0";
     loadChats().catch(unloaded);
   }
@@ -163,7 +192,8 @@ function grow(reply, { token, reasoning, seq }) {
     reply.reasoning = (reply.reasoning ?? "") + reasoning;
     reply.thinkingSince ??= Date.now();
   }
-  if (token && reply.thinkingSince && !reply.content) reply.thoughtMs = Date.now() - reply.thinkingSince;
+  if (token && reply.thinkingSince && !reply.content)
+    reply.thoughtMs = Date.now() - reply.thinkingSince;
   reply.content += token;
   reply.seq = seq;
   return before === [Boolean(reply.content), Boolean(reply.reasoning)].join();
@@ -178,7 +208,8 @@ function refused({ client_msg_id, code, message, retry_after }) {
   const entry = state.outbox.find(({ id }) => id === client_msg_id);
   const reason = retry_after ? `${message} (again in ${retry_after} s)` : message;
   changed("chat");
-  if (!entry && code !== "not_running") notify(reason); // not running: it ended while Stop was on its way
+  // not running: it ended while Stop was on its way
+  if (!entry && code !== "not_running") notify(reason);
   if (!entry) return;
   entry.error = reason;
   if (code === "chat_not_found") Object.assign(entry, { chat_id: null, draft: state.draft });
@@ -192,21 +223,31 @@ async function api(method, path, body) {
   const response = await fetch(path, { method, headers, body: body && JSON.stringify(body) });
   if (response.ok) return response;
   if (response.status === 401) signInAgain();
-  const { detail = `The service answered ${response.status}.` } = await response.json().catch(() => ({}));
+  const { detail = `The service answered ${response.status}.` } = await response
+    .json()
+    .catch(() => ({}));
   throw Object.assign(new Error(detail), { status: response.status });
 }
 
 const EXPIRED = "Your token isn't valid, or not any more.";
 const userPath = (rest) => `api/users/${encodeURIComponent(state.user)}/${rest}`;
 
-const PING_MS = 25_000, PONG_MS = 5000, HANDSHAKE_MS = 10_000;
-let attempts = 0, openedAt = Infinity, retryTimer, deadTimer;
+const PING_MS = 25_000,
+  PONG_MS = 5000,
+  HANDSHAKE_MS = 10_000;
+let attempts = 0,
+  openedAt = Infinity,
+  retryTimer,
+  deadTimer;
 
-// A phone's socket dies without a word while it sleeps: whatever is heard within `ms` shows that it lives.
+// A phone's socket dies without a word while it sleeps: whatever is heard within `ms` shows that it
+// lives.
 function expectLife(ms) {
   const { socket } = state;
   clearTimeout(deadTimer);
-  deadTimer = setTimeout(() => { if (socket === state.socket) connect(); }, ms);
+  deadTimer = setTimeout(() => {
+    if (socket === state.socket) connect();
+  }, ms);
 }
 
 function ping() {
@@ -224,7 +265,10 @@ function connect() {
   }
   const url = new URL(`ws/${encodeURIComponent(state.user)}`, location.href);
   url.protocol = url.protocol.replace("http", "ws");
-  const socket = state.socket = new WebSocket(url, state.token ? ["chat", `bearer.${state.token}`] : []);
+  const socket = (state.socket = new WebSocket(
+    url,
+    state.token ? ["chat", `bearer.${state.token}`] : [],
+  ));
   openedAt = Infinity;
   showState("connecting", "Connecting…");
   expectLife(HANDSHAKE_MS);
@@ -233,7 +277,9 @@ function connect() {
     clearTimeout(deadTimer);
     receive(JSON.parse(data));
   };
-  socket.onclose = (event) => { if (socket === state.socket) lost(event); };
+  socket.onclose = (event) => {
+    if (socket === state.socket) lost(event);
+  };
   socket.onopen = () => {
     if (socket !== state.socket) return;
     clearTimeout(deadTimer);
@@ -252,12 +298,18 @@ function lost({ code, reason }) {
   if (code === 4403) return showState("refused", `Not allowed: ${reason}`);
   if (code === 4401) showState("refused", "Signed out");
   if (code === 4401) return signInAgain();
-  if (code === 1009) { // a frame was too long: sending it again would only close the next connection
-    const [longest] = state.outbox.filter((one) => one.sentOn).sort((a, b) => b.content.length - a.content.length);
+  if (code === 1009) {
+    // a frame was too long: sending it again would only close the next connection
+    const [longest] = state.outbox
+      .filter((one) => one.sentOn)
+      .sort((a, b) => b.content.length - a.content.length);
     if (longest) refused({ client_msg_id: longest.id, message: "The message is too long." });
   }
   if (Date.now() - openedAt > 5000) attempts = 0; // one that closes at once counts as failed
-  retryTimer = setTimeout(connect, Math.max(300, Math.min(10_000, 300 * 2 ** attempts) * (0.5 + Math.random() / 2)));
+  retryTimer = setTimeout(
+    connect,
+    Math.max(300, Math.min(10_000, 300 * 2 ** attempts) * (0.5 + Math.random() / 2)),
+  );
   attempts += 1;
   showState("offline", navigator.onLine ? "Reconnecting…" : "Offline");
 }
@@ -269,14 +321,16 @@ function reconnectNow() {
 }
 
 function sendFrame(frame) {
-  if (state.socket?.readyState !== WebSocket.OPEN) return notify("Not connected: please try again in a moment.");
+  if (state.socket?.readyState !== WebSocket.OPEN)
+    return notify("Not connected: please try again in a moment.");
   state.socket.send(JSON.stringify(frame));
 }
 
 // Sends what has not been sent on this connection: the client_msg_id makes a second time harmless.
 function flush() {
   if (state.socket?.readyState !== WebSocket.OPEN) return;
-  const making = new Set(); // only the first message makes a chat, those behind it wait for its echo
+  // only the first message makes a chat, those behind it wait for its echo
+  const making = new Set();
   for (const entry of state.outbox.filter(({ error }) => !error)) {
     const { id, chat_id, draft, content, replaces, sentOn } = entry;
     if (chat_id === null && making.has(draft)) continue;
@@ -284,13 +338,16 @@ function flush() {
     if (sentOn === state.connection) continue;
     entry.sentOn = state.connection;
     sendFrame({ action: "send_message", chat_id, content, client_msg_id: id, replaces });
-    setTimeout(() => { // without an echo by now the connection is dead, though nobody has noticed
-      if (state.outbox.includes(entry) && !entry.error && entry.sentOn === state.connection) reconnectNow();
+    setTimeout(() => {
+      // without an echo by now the connection is dead, though nobody has noticed
+      if (state.outbox.includes(entry) && !entry.error && entry.sentOn === state.connection)
+        reconnectNow();
     }, 15_000);
   }
 }
 
-// What happened without a connection is read by HTTP once the socket is open, so that nothing falls in between.
+// What happened without a connection is read by HTTP once the socket is open, so that nothing falls
+// in between.
 async function refresh() {
   const { socket } = state;
   const before = [...state.chats.keys()];
@@ -337,7 +394,8 @@ async function loadNewest(chat) {
   const { connection } = state;
   const page = await loadPage(chat, "");
   const oldest = page.messages[0]?.id ?? 0;
-  if (chat.loadedOn === 0 || oldest > chat.seenTo) { // before it may be a gap: older ones are loaded anew
+  if (chat.loadedOn === 0 || oldest > chat.seenTo) {
+    // before it may be a gap: older ones are loaded anew
     for (const id of chat.messages.keys()) if (id < oldest) chat.messages.delete(id);
     chat.hasMore = page.has_more;
   }
@@ -348,7 +406,9 @@ async function loadOlder(chat, limit = 100) {
   if (chat.loading || !chat.hasMore) return;
   chat.loading = true;
   try {
-    chat.hasMore = (await loadPage(chat, `?limit=${limit}&before=${Math.min(...chat.messages.keys())}`)).has_more;
+    chat.hasMore = (
+      await loadPage(chat, `?limit=${limit}&before=${Math.min(...chat.messages.keys())}`)
+    ).has_more;
   } finally {
     chat.loading = false;
     changed("chat");
@@ -381,7 +441,8 @@ async function openChat() {
 
 // ---- Rendering: at most once per animation frame, and only what has changed ----
 
-const views = new Map(); // elements of the open chat's messages: kept, so that focus and selection survive
+// elements of the open chat's messages: kept, so that focus and selection survive
+const views = new Map();
 const rows = new Map(); // elements of the list of chats
 const dirty = new Set(); // "list", "chat", or single replies that have grown
 
@@ -395,7 +456,9 @@ function draw() {
   dirty.clear();
   if (parts.delete("list")) drawList();
   if (parts.has("chat")) drawChat();
-  else for (const reply of parts) if (views.has(reply.task_id)) drawBody(views.get(reply.task_id), reply);
+  else
+    for (const reply of parts)
+      if (views.has(reply.task_id)) drawBody(views.get(reply.task_id), reply);
   if (state.stuck) $("messages").scrollTop = $("messages").scrollHeight;
 }
 
@@ -412,14 +475,25 @@ function drawRow(chat) {
   if (!rows.has(chat.id)) {
     const link = el("a", { href: `#${chat.id}`, onclick: closeDrawer }, span(), span("", "unseen"));
     const rename = button("✎", () => renameChat(chat.id), { className: "icon" });
-    rows.set(chat.id, el("li", {}, link, rename, button("✕", () => deleteChat(chat.id), { className: "icon" })));
+    rows.set(
+      chat.id,
+      el(
+        "li",
+        {},
+        link,
+        rename,
+        button("✕", () => deleteChat(chat.id), { className: "icon" }),
+      ),
+    );
   }
   const row = rows.get(chat.id);
   const [link, rename, remove] = row.children;
   const open = chat.id === state.open;
   const running = [...chat.messages.values()].some(isLive);
   row.dataset.chatId = chat.id;
-  row.className = [open && "open", running && "running", chat.unread && "unread"].filter(Boolean).join(" ");
+  row.className = [open && "open", running && "running", chat.unread && "unread"]
+    .filter(Boolean)
+    .join(" ");
   link.firstChild.textContent = link.title = titleOf(chat);
   link.lastChild.textContent = running ? "is being answered" : chat.unread ? "unread" : "";
   link.ariaCurrent = open ? "page" : null;
@@ -428,7 +502,8 @@ function drawRow(chat) {
   return row;
 }
 
-// The conversation as groups: each user message with its replies, and the groups in whose place it stands.
+// The conversation as groups: each user message with its replies, and the groups in whose place it
+// stands.
 function groupsOf(chat) {
   const groups = [];
   for (const message of chat ? sorted(chat) : []) {
@@ -437,26 +512,39 @@ function groupsOf(chat) {
     else if (group && group.id === message.reply_to) group.replies.push(message);
     else groups.push({ id: message.reply_to, asked: [], replies: [message] });
   }
-  for (const { asked: [{ task_id } = {}], replies } of groups) { // echoed, and nothing heard yet of its reply
+  for (const {
+    asked: [{ task_id } = {}],
+    replies,
+  } of groups) {
+    // echoed, and nothing heard yet of its reply
     if (!task_id || replies.some((reply) => reply.task_id === task_id)) continue;
     replies.push({ is_ai: true, chat_id: chat.id, task_id, content: "", status: "streaming" });
   }
   for (const { id, chat_id, draft, content, replaces, error } of state.outbox) {
     if (chat_id !== state.open || (chat_id === null && draft !== state.draft)) continue;
     const status = error ? "refused" : "pending";
-    groups.push({ asked: [{ client_msg_id: id, content, replaces: error ? null : replaces, status, error }], replies: [] });
+    groups.push({
+      asked: [{ client_msg_id: id, content, replaces: error ? null : replaces, status, error }],
+      replies: [],
+    });
   }
   return groups;
 }
 
-// An edited message takes the place of its earlier version and of all that followed that: they are folded.
-// What stands before the first loaded message isn't known: then all that is loaded followed it.
+// An edited message takes the place of its earlier version and of all that followed that: they are
+// folded. What stands before the first loaded message isn't known: then all that is loaded followed
+// it.
 function folded(groups) {
   const shown = [];
   for (const group of groups) {
     const replaces = group.asked[0]?.replaces;
     if (replaces) {
-      const out = shown.splice(Math.max(0, shown.findIndex(({ id }) => id === replaces)));
+      const out = shown.splice(
+        Math.max(
+          0,
+          shown.findIndex(({ id }) => id === replaces),
+        ),
+      );
       group.earlier = out.flatMap((one) => [...(one.earlier ?? []), one]);
       group.versions = 1 + (out[0]?.versions ?? 0);
     }
@@ -478,9 +566,13 @@ function drawGroup({ asked, replies, earlier, versions }, context) {
     drawn.splice(asked.length, 0, drawEarlier(key, `Earlier answers (${older.length})`, older));
   }
   if (earlier?.length) {
-    const inside = earlier.flatMap((one) => drawGroup({ ...one, earlier: [] }, { ...context, out: true }));
+    const inside = earlier.flatMap((one) =>
+      drawGroup({ ...one, earlier: [] }, { ...context, out: true }),
+    );
     const { client_msg_id, id } = asked[0];
-    drawn.unshift(drawEarlier(`instead ${client_msg_id ?? id}`, `Earlier versions (${versions})`, inside));
+    drawn.unshift(
+      drawEarlier(`instead ${client_msg_id ?? id}`, `Earlier versions (${versions})`, inside),
+    );
   }
   return drawn;
 }
@@ -491,16 +583,21 @@ function drawChat() {
   const shown = folded(groups);
   const unfinished = groups.flatMap(({ replies }) => replies).filter((reply) => !ended(reply));
   const last = unfinished.length ? null : shown.at(-1)?.replies.at(-1);
-  const busy = unfinished.length > 0 || state.outbox.some(({ chat_id, error }) => chat_id === state.open && !error);
+  const busy =
+    unfinished.length > 0 ||
+    state.outbox.some(({ chat_id, error }) => chat_id === state.open && !error);
   const wanted = shown.flatMap((group) => drawGroup(group, { last, busy, unfinished }));
   const welcome = chat?.loadedOn === 0 ? "Loading…" : "What is on your mind?";
   if (!wanted.length) wanted.push(el("p", { textContent: welcome }));
 
   const log = $("messages");
-  const anchor = [...log.children].find((node) => node.offsetTop + node.offsetHeight > log.scrollTop);
+  const anchor = [...log.children].find(
+    (node) => node.offsetTop + node.offsetHeight > log.scrollTop,
+  );
   const top = anchor?.offsetTop;
   place(log, wanted);
-  if (anchor?.isConnected) log.scrollTop += anchor.offsetTop - top; // what comes in above moves nothing that is read
+  // what comes in above moves nothing that is read
+  if (anchor?.isConnected) log.scrollTop += anchor.offsetTop - top;
   if (log.scrollTop < 300) requestAnimationFrame(loadAbove);
   log.ariaBusy = String(unfinished.length > 0);
   $("stop").hidden = unfinished.length === 0;
@@ -522,8 +619,11 @@ function viewOf(key, make) {
 
 function drawMessage(message, context) {
   const { id, is_ai, task_id, client_msg_id, status, error } = message;
-  const view = viewOf(is_ai ? task_id : client_msg_id ?? id, () => {
-    const about = { className: `message ${is_ai ? "ai" : "user"}`, ariaLabel: is_ai ? "Reply" : "You" };
+  const view = viewOf(is_ai ? task_id : (client_msg_id ?? id), () => {
+    const about = {
+      className: `message ${is_ai ? "ai" : "user"}`,
+      ariaLabel: is_ai ? "Reply" : "You",
+    };
     const body = el("div", { className: "body", dir: "auto" });
     const foot = el("div", { className: "foot" });
     return Object.assign(el("article", about, body, foot), { body, foot });
@@ -536,7 +636,9 @@ function drawMessage(message, context) {
   view.look = look;
   view.dataset.id = id ?? "";
   view.dataset.status = status;
-  view.foot.replaceChildren(...(is_ai ? replyFoot(message, context) : userFoot(message, context, view)));
+  view.foot.replaceChildren(
+    ...(is_ai ? replyFoot(message, context) : userFoot(message, context, view)),
+  );
   return view;
 }
 
@@ -553,14 +655,20 @@ function drawBody(view, message) {
 function drawThoughts(view, { reasoning, content, status, thoughtMs }) {
   if (!reasoning) return;
   if (!view.thoughts) {
-    view.thoughts = el("details", { className: "thinking" }, el("summary"), el("div", { dir: "auto" }));
+    view.thoughts = el(
+      "details",
+      { className: "thinking" },
+      el("summary"),
+      el("div", { dir: "auto" }),
+    );
     view.body.before(view.thoughts);
   }
   const [summary, text] = view.thoughts.children;
   const thinking = status === "streaming" && !content;
   summary.className = thinking ? "dots" : "";
   if (thinking) summary.textContent = "Thinking";
-  else if (thoughtMs) summary.textContent = `Thought for ${Math.max(1, Math.round(thoughtMs / 1000))} s`;
+  else if (thoughtMs)
+    summary.textContent = `Thought for ${Math.max(1, Math.round(thoughtMs / 1000))} s`;
   else summary.textContent = "Thoughts";
   if (text.textContent !== reasoning) text.textContent = reasoning;
 }
@@ -582,23 +690,30 @@ function replyFoot(reply, { last, queued, busy, out, retry }) {
 }
 
 function usageOf({ model, prompt_tokens, completion_tokens }) {
-  const counts = [[prompt_tokens, "in"], [completion_tokens, "out"]].filter(([count]) => Number.isInteger(count));
+  const counts = [
+    [prompt_tokens, "in"],
+    [completion_tokens, "out"],
+  ].filter(([count]) => Number.isInteger(count));
   const tokens = counts.map(([count, way]) => `${count} ${way}`).join(", ");
   return [model, tokens && `tokens: ${tokens}`].filter(Boolean).join(" · ");
 }
 
 const REASONS = {
-  model_error: "The model could not answer.", model_auth: "The model did not accept the service's credentials.",
-  model_rate_limited: "The model has too much to do.", model_timeout: "The model took too long.",
+  model_error: "The model could not answer.",
+  model_auth: "The model did not accept the service's credentials.",
+  model_rate_limited: "The model has too much to do.",
+  model_timeout: "The model took too long.",
   model_incomplete: "The model stopped in the middle of its reply.",
   model_context: "The conversation is too long for the model.",
   internal: "Something went wrong in the service.",
-  length: "Cut off: the reply reached its greatest length.", content_filter: "Withheld by the model's filter.",
+  length: "Cut off: the reply reached its greatest length.",
+  content_filter: "Withheld by the model's filter.",
 };
 
 function noteOf({ status, finish_reason }) {
   if (status === "aborted") return "Stopped.";
-  if (status === "interrupted") return "Interrupted: the service was stopped while this reply was written.";
+  if (status === "interrupted")
+    return "Interrupted: the service was stopped while this reply was written.";
   return REASONS[finish_reason] ?? (status === "failed" ? REASONS.internal : "");
 }
 
@@ -606,12 +721,25 @@ function userFoot(message, { busy, out }, view) {
   const { client_msg_id, status, error, content } = message;
   if (status === "pending") return [span("Sending…", "soft")];
   if (status !== "refused") {
-    const copying = button("", (event) => copy(event.target, content), { className: "icon copy", ariaLabel: "Copy" });
-    const name = { className: "icon edit", ariaLabel: "Edit message", title: "Edit and send again" };
-    return [copying, !out && !busy && button("", () => editMessage(view, message), name)].filter(Boolean);
+    const copying = button("", (event) => copy(event.target, content), {
+      className: "icon copy",
+      ariaLabel: "Copy",
+    });
+    const name = {
+      className: "icon edit",
+      ariaLabel: "Edit message",
+      title: "Edit and send again",
+    };
+    return [copying, !out && !busy && button("", () => editMessage(view, message), name)].filter(
+      Boolean,
+    );
   }
   const entry = state.outbox.find(({ id }) => id === client_msg_id);
-  const retry = () => { Object.assign(entry, { error: null, sentOn: 0 }); setOutbox(state.outbox); flush(); };
+  const retry = () => {
+    Object.assign(entry, { error: null, sentOn: 0 });
+    setOutbox(state.outbox);
+    flush();
+  };
   const edit = () => {
     setOutbox(state.outbox.filter((one) => one !== entry));
     setComposer([entry.content, $("composer").value].filter(Boolean).join("\n"));
@@ -620,7 +748,8 @@ function userFoot(message, { busy, out }, view) {
   return [reason, button("Try again", retry), button("Edit", edit)];
 }
 
-// The message becomes a field in its place. What is sent takes its place, the model hears no more of what followed.
+// The message becomes a field in its place. What is sent takes its place, the model hears no more
+// of what followed.
 function editMessage(view, { id, chat_id, content }) {
   const area = el("textarea", { value: content, dir: "auto", ariaLabel: "Edit message" });
   area.rows = Math.min(12, content.split("\n").length + 1);
@@ -629,7 +758,12 @@ function editMessage(view, { id, chat_id, content }) {
     view.body.hidden = view.foot.hidden = false;
     focusComposer();
   };
-  const actions = el("div", { className: "row" }, button("Cancel", end), el("button", { textContent: "Send", className: "primary" }));
+  const actions = el(
+    "div",
+    { className: "row" },
+    button("Cancel", end),
+    el("button", { textContent: "Send", className: "primary" }),
+  );
   const form = el("form", { className: "edit", ariaLabel: "Edit message" }, area, actions);
   form.onsubmit = (event) => {
     event.preventDefault();
@@ -656,7 +790,8 @@ function announceEnd(reply) {
   const where = reply.chat_id === state.open ? "" : `${titleOf(chatOf(reply.chat_id))}: `;
   $("announcer").textContent = ""; // or the same words a second time wouldn't be read out
   setTimeout(() => {
-    $("announcer").textContent = where + (reply.status === "complete" ? "Reply finished." : noteOf(reply));
+    $("announcer").textContent =
+      where + (reply.status === "complete" ? "Reply finished." : noteOf(reply));
   }, 50);
 }
 
@@ -665,7 +800,9 @@ let noticeTimer;
 function notify(text) {
   clearTimeout(noticeTimer);
   Object.assign($("notice"), { textContent: text, hidden: false });
-  noticeTimer = setTimeout(() => { $("notice").hidden = true; }, 8000);
+  noticeTimer = setTimeout(() => {
+    $("notice").hidden = true;
+  }, 8000);
 }
 
 function showState(name, text) {
@@ -696,7 +833,8 @@ function showDraft() {
 
 // Safari ends an IME's conversion with an Enter that only its keyCode tells from others.
 const composing = (event) => event.isComposing || event.keyCode === 229;
-const sends = (event) => event.key === "Enter" && !event.shiftKey && !composing(event) && !touch.matches;
+const sends = (event) =>
+  event.key === "Enter" && !event.shiftKey && !composing(event) && !touch.matches;
 
 function growComposer() {
   $("composer").style.height = "auto";
@@ -712,7 +850,15 @@ function submit() {
 
 function write(content, { chat_id, replaces }) {
   state.stuck = true;
-  const entry = { id: newId(), chat_id, draft: state.draft, content, replaces, error: null, sentOn: 0 };
+  const entry = {
+    id: newId(),
+    chat_id,
+    draft: state.draft,
+    content,
+    replaces,
+    error: null,
+    sentOn: 0,
+  };
   setOutbox([...state.outbox, entry]);
   flush();
 }
@@ -734,7 +880,10 @@ function ask(title, text, ok, input) {
   const dialog = $("ask");
   $("ask-title").textContent = title;
   $("ask-text").textContent = text;
-  Object.assign($("ask-ok"), { textContent: ok, className: input === undefined ? "danger" : "primary" });
+  Object.assign($("ask-ok"), {
+    textContent: ok,
+    className: input === undefined ? "danger" : "primary",
+  });
   Object.assign($("ask-input"), { hidden: input === undefined, value: input ?? "" });
   dialog.returnValue = "";
   dialog.showModal();
@@ -749,12 +898,13 @@ const attempt = (action) => action().catch((error) => notify(error.message));
 
 async function renameChat(id) {
   const title = await ask("Rename chat", "", "Rename", chatOf(id).title);
-  if (title?.trim()) await attempt(() => api("PATCH", `api/chats/${id}`, { title })); // its `chat` frame does the rest
+  // its `chat` frame does the rest
+  if (title?.trim()) await attempt(() => api("PATCH", `api/chats/${id}`, { title }));
 }
 
 async function deleteChat(id) {
   const text = `“${titleOf(chatOf(id))}” and all its messages will be gone for good.`;
-  if (await ask("Delete this chat?", text, "Delete") === null) return;
+  if ((await ask("Delete this chat?", text, "Delete")) === null) return;
   await attempt(() => api("DELETE", `api/chats/${id}`));
   $("new-chat").focus();
 }
@@ -765,23 +915,43 @@ async function showResults() {
   const found = words ? await (await api("GET", path)).json() : [];
   if (words !== $("search").value.trim()) return;
   const parts = words.toLowerCase().split(/\s+/);
-  const titled = words ? [...state.chats.values()].filter((chat) => chat.updated_at && fits(titleOf(chat), parts)) : [];
-  $("results").replaceChildren(...titled.map((chat) => {
-    return el("li", {}, el("a", { href: `#${chat.id}`, onclick: closeDrawer }, marked(titleOf(chat), parts)));
-  }), ...found.map(({ chat_id, id, snippet }) => {
-    const title = span(titleOf(state.chats.get(chat_id)), "soft");
-    const link = el("a", { href: `#${chat_id}` }, title, marked(around(snippet, parts), parts, "snippet"));
-    link.onclick = (event) => { event.preventDefault(); closeDrawer(); attempt(() => showFound(chat_id, id)); };
-    return el("li", {}, link);
-  }));
-  if (!titled.length && !found.length) $("results").append(el("li", { className: "soft", textContent: "Nothing found." }));
+  const titled = words
+    ? [...state.chats.values()].filter((chat) => chat.updated_at && fits(titleOf(chat), parts))
+    : [];
+  $("results").replaceChildren(
+    ...titled.map((chat) => {
+      return el(
+        "li",
+        {},
+        el("a", { href: `#${chat.id}`, onclick: closeDrawer }, marked(titleOf(chat), parts)),
+      );
+    }),
+    ...found.map(({ chat_id, id, snippet }) => {
+      const title = span(titleOf(state.chats.get(chat_id)), "soft");
+      const link = el(
+        "a",
+        { href: `#${chat_id}` },
+        title,
+        marked(around(snippet, parts), parts, "snippet"),
+      );
+      link.onclick = (event) => {
+        event.preventDefault();
+        closeDrawer();
+        attempt(() => showFound(chat_id, id));
+      };
+      return el("li", {}, link);
+    }),
+  );
+  if (!titled.length && !found.length)
+    $("results").append(el("li", { className: "soft", textContent: "Nothing found." }));
   $("results").hidden = !words;
   $("chats").hidden = words !== "";
   changed("list");
 }
 
 const fits = (text, words) => words.every((word) => text.toLowerCase().includes(word));
-const anyOf = (words) => new RegExp(words.map((word) => word.replace(/[^\p{L}\p{N}]/gu, "\\$&")).join("|"), "gi");
+const anyOf = (words) =>
+  new RegExp(words.map((word) => word.replace(/[^\p{L}\p{N}]/gu, "\\$&")).join("|"), "gi");
 
 // A text with the words that were looked for marked.
 function marked(text, words, className) {
@@ -810,7 +980,11 @@ async function showFound(chatId, id) {
   changed("chat");
   requestAnimationFrame(() => {
     const node = document.querySelector(`.message[data-id="${id}"]`);
-    for (let details = node?.closest("details"); details; details = details.parentElement.closest("details")) {
+    for (
+      let details = node?.closest("details");
+      details;
+      details = details.parentElement.closest("details")
+    ) {
       details.open = true;
     }
     node?.scrollIntoView({ block: "center" });
@@ -819,14 +993,18 @@ async function showFound(chatId, id) {
   });
 }
 
-// Model, instructions and export of the open chat. A new one is made here if anything is chosen for it.
+// Model, instructions and export of the open chat. A new one is made here if anything is chosen for
+// it.
 async function openSettings() {
   const chat = state.chats.get(state.open);
   $("instructions").value = chat?.instructions ?? "";
   $("export").hidden = !chat;
   const { default: usual, models } = await (await api("GET", "api/models")).json();
   const option = (value, textContent) => el("option", { value, textContent });
-  $("model").replaceChildren(option("", `${usual} (default)`), ...models.filter((name) => name !== usual).map((name) => option(name, name)));
+  $("model").replaceChildren(
+    option("", `${usual} (default)`),
+    ...models.filter((name) => name !== usual).map((name) => option(name, name)),
+  );
   $("model").value = chat?.model ?? "";
   if ($("model").selectedIndex < 0) $("model").value = "";
   $("settings").showModal();
@@ -834,9 +1012,13 @@ async function openSettings() {
 
 async function saveSettings() {
   const chat = state.chats.get(state.open);
-  const chosen = { model: $("model").value || null, instructions: $("instructions").value.trim() || null };
+  const chosen = {
+    model: $("model").value || null,
+    instructions: $("instructions").value.trim() || null,
+  };
   $("settings").close();
-  if (chat) await api("PATCH", `api/chats/${chat.id}`, chosen); // its `chat` frame does the rest
+  if (chat)
+    await api("PATCH", `api/chats/${chat.id}`, chosen); // its `chat` frame does the rest
   else if (chosen.model || chosen.instructions) {
     const made = await (await api("POST", userPath("chats"), chosen)).json();
     mergeChat(made);
@@ -844,7 +1026,8 @@ async function saveSettings() {
   }
 }
 
-// The whole chat, all pages of it, as a file. What was replaced is left out, as it is folded on the page.
+// The whole chat, all pages of it, as a file. What was replaced is left out, as it is folded on the
+// page.
 async function exportChat() {
   const chat = chatOf(state.open);
   while (chat.hasMore) await loadOlder(chat, 1000);
@@ -852,14 +1035,24 @@ async function exportChat() {
   for (const { asked, replies } of folded(groupsOf(chat))) {
     for (const { content } of asked) lines.push("## You", content);
     const reply = replies.at(-1);
-    if (reply) lines.push("## Reply", [reply.content, noteOf(reply) && `*${noteOf(reply)}*`].filter(Boolean).join("\n\n"));
+    if (reply)
+      lines.push(
+        "## Reply",
+        [reply.content, noteOf(reply) && `*${noteOf(reply)}*`].filter(Boolean).join("\n\n"),
+      );
   }
-  download(`${titleOf(chat).replace(/[^\p{L}\p{N} -]/gu, "_").slice(0, 60)}.md`, `${lines.join("\n\n")}\n`);
+  download(
+    `${titleOf(chat)
+      .replace(/[^\p{L}\p{N} -]/gu, "_")
+      .slice(0, 60)}.md`,
+    `${lines.join("\n\n")}\n`,
+  );
 }
 
 function loadAbove() {
   const chat = state.chats.get(state.open);
-  if (chat?.loadedOn && !dirty.has("chat") && $("messages").scrollTop < 300) attempt(() => loadOlder(chat));
+  if (chat?.loadedOn && !dirty.has("chat") && $("messages").scrollTop < 300)
+    attempt(() => loadOlder(chat));
 }
 
 function followBottom() {
@@ -882,14 +1075,17 @@ function setDrawer(open) {
 function userOf(token) {
   try {
     const bytes = atob(token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/"));
-    return String(JSON.parse(new TextDecoder().decode(Uint8Array.from(bytes, (one) => one.charCodeAt(0)))).sub);
+    return String(
+      JSON.parse(new TextDecoder().decode(Uint8Array.from(bytes, (one) => one.charCodeAt(0)))).sub,
+    );
   } catch {
     return "";
   }
 }
 
-// One sign-in lasts for the browser's session: a new tab asks the others, and a page that opened this one
-// may hand a token over: from the same origin, or from one that <meta name="token-origins"> lists.
+// One sign-in lasts for the browser's session: a new tab asks the others, and a page that opened
+// this one may hand a token over: from the same origin, or from one that <meta
+// name="token-origins"> lists.
 const others = new BroadcastChannel(`sign-in ${location.pathname}`);
 const mayHandOver = [location.origin, ...$("token-origins").content.split(/\s+/).filter(Boolean)];
 
@@ -917,18 +1113,24 @@ onmessage = ({ data, origin }) => {
   if (data?.type === "chat-token" && mayHandOver.includes(origin)) takeToken(data.token);
 };
 
-// `#token=…` in the address is a token that was handed over; it isn't left there to be copied along.
+// `#token=…` in the address is a token that was handed over; it isn't left there to be copied
+// along.
 function tokenInAddress() {
   const [, token, chatId] = /^#token=([\w.-]+)(?:&chat=(\d+))?$/.exec(location.hash) ?? [];
   if (!token) return;
   sessionStorage.token = token;
-  history.replaceState(null, "", location.pathname + location.search + (chatId ? `#${chatId}` : ""));
+  history.replaceState(
+    null,
+    "",
+    location.pathname + location.search + (chatId ? `#${chatId}` : ""),
+  );
 }
 
 function signIn(withToken, why) {
   $("name-field").hidden = $("name").disabled = withToken;
   $("token-field").hidden = $("token").disabled = !withToken;
-  $("sign-in-why").textContent = why || (withToken ? "This service asks for a token." : "Your chats go by this name.");
+  $("sign-in-why").textContent =
+    why || (withToken ? "This service asks for a token." : "Your chats go by this name.");
   if (!$("sign-in").open) $("sign-in").showModal();
 }
 
@@ -950,12 +1152,22 @@ $("sign-in").querySelector("form").onsubmit = (event) => {
   history.replaceState(null, "", location.pathname + (user === state.user ? location.hash : ""));
   location.reload(); // nothing of another user stays behind
 };
-$("sign-in").oncancel = (event) => { if (!state.socket) event.preventDefault(); };
-$("sign-in").onclose = () => { if (!state.socket) $("sign-in").showModal(); };
+$("sign-in").oncancel = (event) => {
+  if (!state.socket) event.preventDefault();
+};
+$("sign-in").onclose = () => {
+  if (!state.socket) $("sign-in").showModal();
+};
 $("change-user").onclick = changeUser;
-$("ask").querySelector("form").onsubmit = (event) => { event.preventDefault(); $("ask").close("ok"); };
+$("ask").querySelector("form").onsubmit = (event) => {
+  event.preventDefault();
+  $("ask").close("ok");
+};
 $("ask-cancel").onclick = () => $("ask").close();
-$("write").onsubmit = (event) => { event.preventDefault(); submit(); };
+$("write").onsubmit = (event) => {
+  event.preventDefault();
+  submit();
+};
 $("composer").oninput = () => {
   growComposer();
   keepDraft(state.open, $("composer").value);
@@ -971,7 +1183,11 @@ $("composer").onkeydown = (event) => {
   }
 };
 $("stop").onclick = stopAll;
-$("new-chat").onclick = () => { location.hash = ""; closeDrawer(); focusComposer(); };
+$("new-chat").onclick = () => {
+  location.hash = "";
+  closeDrawer();
+  focusComposer();
+};
 $("more-chats").onclick = () => attempt(() => loadChats(state.nextPage));
 $("search").oninput = () => {
   clearTimeout(searchTimer);
@@ -979,13 +1195,18 @@ $("search").oninput = () => {
 };
 $("menu").onclick = () => setDrawer(true);
 $("close-menu").onclick = $("backdrop").onclick = closeDrawer;
-$("newest").onclick = () => { followBottom(); focusComposer(); };
+$("newest").onclick = () => {
+  followBottom();
+  focusComposer();
+};
 $("messages").onscroll = () => {
   const { scrollTop, scrollHeight, clientHeight } = $("messages");
   state.stuck = $("newest").hidden = scrollHeight - scrollTop - clientHeight < 48;
   loadAbove();
 };
-new ResizeObserver(() => { if (state.stuck) followBottom(); }).observe($("messages"));
+new ResizeObserver(() => {
+  if (state.stuck) followBottom();
+}).observe($("messages"));
 matchMedia("(max-width: 45rem)").onchange = closeDrawer;
 document.onkeydown = (event) => {
   if (composing(event) || document.querySelector("dialog[open]")) return;
@@ -1011,7 +1232,10 @@ setInterval(ping, PING_MS);
 $("help").onclick = () => $("shortcuts").showModal();
 $("settings-open").onclick = () => attempt(openSettings);
 $("settings-cancel").onclick = () => $("settings").close();
-$("settings").querySelector("form").onsubmit = (event) => { event.preventDefault(); attempt(saveSettings); };
+$("settings").querySelector("form").onsubmit = (event) => {
+  event.preventDefault();
+  attempt(saveSettings);
+};
 $("export").onclick = () => attempt(exportChat);
 $("theme").value = localStorage.theme ?? "";
 $("theme").onchange = () => {
@@ -1029,17 +1253,28 @@ onbeforeprint = () => {
     unfoldedToPrint.push(details);
   }
 };
-onafterprint = () => { for (const details of unfoldedToPrint.splice(0)) details.open = false; };
+onafterprint = () => {
+  for (const details of unfoldedToPrint.splice(0)) details.open = false;
+};
 
 tokenInAddress();
 state.token = sessionStorage.token ?? "";
-state.user = userOf(state.token) || (new URLSearchParams(location.search).get("user") ?? localStorage.user ?? `guest-${newId().slice(0, 13)}`);
+state.user =
+  userOf(state.token) ||
+  (new URLSearchParams(location.search).get("user") ??
+    localStorage.user ??
+    `guest-${newId().slice(0, 13)}`);
 $("name").value = state.user;
 if (!$("name").validity.valid) changeUser();
 else {
   if (!state.token) localStorage.user = state.user;
   $("who").textContent = state.user;
-  setOutbox(JSON.parse(sessionStorage[`outbox ${state.user}`] ?? "[]").map((entry) => ({ ...entry, sentOn: 0 })));
+  setOutbox(
+    JSON.parse(sessionStorage[`outbox ${state.user}`] ?? "[]").map((entry) => ({
+      ...entry,
+      sentOn: 0,
+    })),
+  );
   state.draft = state.outbox.find(({ chat_id }) => chat_id === null)?.draft ?? state.draft;
   showDraft();
   openChat();

@@ -3,8 +3,9 @@
 import { span } from "./dom.js";
 
 const HASH = "python py sh bash shell zsh console yaml yml toml ruby rb r dockerfile make ini perl";
-const SLASH = "javascript js jsx typescript ts tsx java c cpp c++ cs csharp go rust rs swift kotlin"
-  + " php css scss json scala dart";
+const SLASH =
+  "javascript js jsx typescript ts tsx java c cpp c++ cs csharp go rust rs swift kotlin" +
+  " php css scss json scala dart";
 const DASH = "sql lua haskell";
 const COMMENTS = new Map([
   ...HASH.split(" ").map((name) => [name, "#.*"]),
@@ -17,8 +18,11 @@ const KEYWORDS = `abstract and as async await break case catch class const conti
   None not null or package pass private protected pub public raise return select self static struct
   super switch then this throw trait true True try type typeof use using var void where while with
   yield SELECT FROM WHERE INSERT INTO VALUES UPDATE SET DELETE CREATE TABLE INDEX JOIN LEFT ON AND
-  OR NOT NULL PRIMARY KEY ORDER BY GROUP LIMIT AS`.split(/\s+/).join("|");
-const STRING = String.raw`"""[^]*?(?:"""|$)|"(?:[^"\\\n]|\\.)*"?|'(?:[^'\\\n]|\\.)*'?|` + "`[^`]*`?";
+  OR NOT NULL PRIMARY KEY ORDER BY GROUP LIMIT AS`
+  .split(/\s+/)
+  .join("|");
+const STRING =
+  String.raw`"""[^]*?(?:"""|$)|"(?:[^"\\\n]|\\.)*"?|'(?:[^'\\\n]|\\.)*'?|` + "`[^`]*`?";
 const GREATEST = 20_000; // characters: a long text is drawn anew with each of its tokens
 
 // Returns the nodes that show `text`; together they have exactly this text.
@@ -26,8 +30,10 @@ export function highlight(text, language) {
   const comment = COMMENTS.get(language);
   if (!comment || text.length > GREATEST) return [text];
   const token = new RegExp(
-    `(?<comment>${comment})|(?<string>${STRING})`
-    + `|(?<number>\\b\\d[\\w.]*)|(?<keyword>\\b(?:${KEYWORDS})\\b)|[A-Za-z_]\\w*`, "g");
+    `(?<comment>${comment})|(?<string>${STRING})` +
+      `|(?<number>\\b\\d[\\w.]*)|(?<keyword>\\b(?:${KEYWORDS})\\b)|[A-Za-z_]\\w*`,
+    "g",
+  );
   const nodes = [];
   let at = 0;
   for (const { 0: whole, index, groups } of text.matchAll(token)) {
