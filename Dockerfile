@@ -1,14 +1,13 @@
 # docker build -t chat-app . && docker run -p 127.0.0.1:8005:8005 -v chat:/data --env-file .env chat-app
-# Also with --read-only: only /data is written.
+# Also with --read-only --tmpfs /tmp: only /data is written, and what SQLite sorts beside memory.
 FROM python:3.13-slim
 
-# The service's packages and Litestream's (README: "Growing"); nothing of what tests need. uv is
-# used from a mount of the build, so that it is not in the image.
+# The service's packages and Litestream (README: "Growing"); nothing that only tests need, nor uv.
 WORKDIR /app
 COPY pyproject.toml ./
 RUN pip install --no-cache-dir --root-user-action=ignore --target=/tmp/uv uv \
     && /tmp/uv/bin/uv sync --no-cache --no-dev --extra shards --python=/usr/local/bin/python \
-    && rm -r /tmp/uv
+    && rm -r /tmp/uv uv.lock
 COPY . ./
 RUN useradd --uid 10001 --no-create-home app && install -d -o app /data
 
