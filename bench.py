@@ -6,6 +6,7 @@
     python bench.py durable --senders 1 10 50
     python bench.py connections --idle 2000
     python bench.py history --messages 1000000
+    python bench.py shards --users 150                one and two shards, each with so many users
     python bench.py relay --json                     the same figures for machines
 
 Three parties, each its own process: an upstream that speaks the model's HTTP, a server under test,
@@ -31,6 +32,8 @@ What is measured, and what holds:
   one ends, over the tokens that arrived in that window.
 - Nothing is left out: latencies are of all tokens, and a reply is complete only if its final
   `message` says so and its content is the joined tokens, as many as the upstream was to send.
+- `shards` has nginx in front in every row, as deploy/nginx-shards.conf configures it. What one
+  core for each shard would carry is the shards' number over their CPU time a token.
 - Databases are on disk, in a temporary directory that the output names. Nothing outlives the run.
 """
 
@@ -614,6 +617,7 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     name: str
+    shards: Sequence[Server] = ()  # behind this one, which is nginx then
 
     def cpu_us(self) -> float:
         """CPU time of all threads, as the scheduler counts it (finer than 10 ms ticks)."""
@@ -686,6 +690,15 @@ http {{
 """
 
 
+def environment(port: int, model: int, database: Path) -> dict[str, str]:
+    """What every server under test is told."""
+    return NO_LIMITS | {
+        "HOST": HOST, "PORT": str(port), "DATABASE_URL": f"sqlite:///{database}",
+        "OPENAI_BASE_URL": f"http://{HOST}:{model}/v1", "OPENAI_API_KEY": "bench",
+        "MODEL_NAME": "bench", "LOG_LEVEL": "WARNING",
+    }  # fmt: skip
+
+
 @contextlib.contextmanager
 def serving(
     options: argparse.Namespace, target: str, rate: float, tokens: int, fill: Callable[[Path], None]
@@ -703,17 +716,78 @@ def serving(
             "bare": [*own, "bare-server", str(port), str(model)],
             "nginx": ["nginx", "-p", name, "-c", "nginx.conf"],
         } | {other: shlex.split(command) for other, command in options.also}
-        env = NO_LIMITS | {
-            "HOST": HOST, "PORT": str(port), "DATABASE_URL": f"sqlite:///{database}",
-            "OPENAI_BASE_URL": f"http://{HOST}:{model}/v1", "OPENAI_API_KEY": "bench",
-            "MODEL_NAME": "bench", "LOG_LEVEL": "WARNING",
-        }  # fmt: skip
+        env = environment(port, model, database)
         source = [*own, "upstream-server", str(model), str(rate), str(tokens)]
         with (
             running("upstream", source, model, folder, {}, pin=False) as upstream_server,
             running(target, commands[target], port, folder, env) as server,
         ):
             yield server, upstream_server
+
+
+NGINX_AROUND = """
+{user} daemon off; master_process off; pid nginx.pid; error_log stderr;
+events {{ worker_connections 8192; }}
+http {{
+    access_log off; client_body_temp_path body; proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+{configuration}
+}}
+"""
+
+
+def shards_conf(ports: Sequence[int], port: int, folder: Path) -> str:
+    """deploy/nginx-shards.conf for these shards, without TLS and limits per address."""
+    text = (HERE / "deploy" / "nginx-shards.conf").read_text("utf-8")
+    homes = [*(f"{100 / len(ports):.2f}% {10 + part};" for part in range(len(ports) - 1))]
+    homes.append(f"* {9 + len(ports)};")
+    places = [f"{10 + part} {HOST}:{each};" for part, each in enumerate(ports)]
+    for pattern, new in (
+        (r"(?s)(\$home \{).*?\}", rf"\1 {' '.join(homes)} }}"),
+        (r" default 127\.0\.0\.1:81\$shard;", " " + " ".join(places)),
+        (r" server 127\.0\.0\.1:8110;", f" server {HOST}:{ports[0]};"),
+        (r" server 127\.0\.0\.1:81\d\d;", ""),
+        (r" +(ssl_certificate|limit_).*\n", ""),
+        (r"(?m)^limit_.*\n", ""),
+        (r"listen 443 ssl;", f"listen {HOST}:{port};"),
+        (r"unix:/run/", f"unix:{folder}/"),
+    ):
+        text, times = re.subn(pattern, new, text)
+        if not times:
+            raise RuntimeError(f"deploy/nginx-shards.conf has no {pattern}")
+    return NGINX_AROUND.format(user="user root root;" * (os.getuid() == 0), configuration=text)
+
+
+@contextlib.contextmanager
+def serving_shards(
+    options: argparse.Namespace, count: int, rate: float, tokens: int
+) -> Iterator[tuple[Server, Server]]:
+    """So many shards behind nginx, and their upstream, in a new folder."""
+    own = [sys.executable, str(Path(__file__).resolve())]
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-", dir=options.directory) as name,
+        contextlib.ExitStack() as stack,
+    ):
+        folder, port, model = Path(name), free_port(), free_port()
+        source = [*own, "upstream-server", str(model), str(rate), str(tokens)]
+        upstream_server = stack.enter_context(
+            running("upstream", source, model, folder, {}, pin=False)
+        )
+        shards: list[Server] = []
+        for number in range(10, 10 + count):
+            env = environment(free_port(), model, folder / f"{number}.db")
+            shard = running(
+                f"shard{number}", [sys.executable, str(options.app.resolve())], int(env["PORT"]),
+                folder, env | {"SHARD": str(number)},
+            )  # fmt: skip
+            shards.append(stack.enter_context(shard))
+        text = shards_conf([shard.port for shard in shards], port, folder)
+        (folder / "nginx.conf").write_text(text)
+        front = stack.enter_context(
+            running("proxy", ["nginx", "-p", name, "-c", "nginx.conf"], port, folder, {})
+        )
+        front.shards = shards
+        yield front, upstream_server
 
 
 # --- Measurements: each makes one row of its table. ---
@@ -725,6 +799,7 @@ class Sample:
 
     at: float
     server_us: float
+    front_us: float  # of nginx, where the server is shards behind it
     load_us: float
     tokens: int
     frames: int
@@ -732,7 +807,9 @@ class Sample:
     @classmethod
     def take(cls, seen: Seen, server: Server, source: Server) -> Sample:
         load_us = source.cpu_us() + time.process_time() * 1e6
-        return cls(time.monotonic(), server.cpu_us(), load_us, seen.tokens, seen.frames)
+        front_us = server.cpu_us() if server.shards else 0
+        server_us = sum(shard.cpu_us() for shard in server.shards or [server])
+        return cls(time.monotonic(), server_us, front_us, load_us, seen.tokens, seen.frames)
 
 
 async def relay(server: Server, source: Server, users: int, rate: float, seconds: float) -> Row:
@@ -758,7 +835,8 @@ async def relay(server: Server, source: Server, users: int, rate: float, seconds
         peer.transport.abort()
     whole = sum(reply.result() for reply in done)
     got, took = max(1, after.tokens - before.tokens), after.at - before.at
-    return {
+    front = {"nginx_us_per_token": (after.front_us - before.front_us) / got}
+    return (front if server.shards else {}) | {
         "offered_per_s": users * rate,
         "cpu_us_per_token": (after.server_us - before.server_us) / got,
         "delivered_per_s": got / took,
@@ -927,6 +1005,10 @@ TABLES = {
         "messages stored and echoed; whole turns of one token", ALL[:3], "senders", "accepted_per_s"
     ),
     "connections": Table("sockets that do nothing", ALL[:3], "idle", "kib_each"),
+    "shards": Table(
+        "so many shards behind nginx: what one core for each would carry, in all",
+        ALL[:1], "shards", "carried_per_s",
+    ),
     "history": Table(
         f"the newest page of a chat with {CHAT_MESSAGES:,} messages",
         ALL[:2], "messages", "read_p50_ms",
@@ -934,10 +1016,23 @@ TABLES = {
 }  # fmt: skip
 
 
+def shards_row(options: argparse.Namespace, count: int, tokens: int) -> Row:
+    """What so many shards behind nginx cost, each with as many users."""
+    users = (options.users or [150])[0] * count
+    with (
+        serving_shards(options, count, options.rate, tokens) as (front, source),
+        asyncio.Runner(loop_factory=new_event_loop) as runner,
+    ):
+        row = runner.run(relay(front, source, users, options.rate, options.seconds))
+    return {"users": users, "carried_per_s": count * 1e6 / row["cpu_us_per_token"]} | row
+
+
 def measure(options: argparse.Namespace, table: str, target: str, case: int) -> Row:
     """One row's figures, from a server of its own."""
     rate, seconds = options.rate, options.seconds
     tokens = 1 if table == "durable" else int(rate * seconds)
+    if table == "shards":
+        return shards_row(options, case, tokens)
     fill: Callable[[Path], None] = Path.touch
     if table == "history":
         fill = functools.partial(fill_history, (HERE / "schema.sql").read_text(), case)
@@ -960,11 +1055,11 @@ def measure(options: argparse.Namespace, table: str, target: str, case: int) -> 
 def rows_of(options: argparse.Namespace, name: str) -> Iterator[Row]:
     """The table's rows. A target that fails is told and left; the others go on."""
     table = TABLES[name]
-    others = [other for other, _ in options.also if name != "history"]
+    others = [other for other, _ in options.also if name not in {"history", "shards"}]
     for target in [*table.targets, *others]:
         if options.target and target not in options.target:
             continue
-        if target == "nginx" and not shutil.which("nginx"):
+        if (target == "nginx" or name == "shards") and not shutil.which("nginx"):
             tell("nginx is not installed: left out\n")
             continue
         for case in getattr(options, table.case) or DEFAULT_USERS[name]:
@@ -988,6 +1083,8 @@ def with_ratios(rows: list[Row], table: Table) -> list[Row]:
         for name in present:
             figure = figures.get((name, row[table.case]))
             row[f"vs_{name}"] = row[table.ratio] / figure if figure else None
+        if table.case == "shards":
+            row["vs_one"] = row[table.ratio] / rows[0][table.ratio]
     return [{key: known(value) for key, value in row.items()} for row in rows]
 
 
@@ -1042,6 +1139,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--rate", type=float, default=50, help="tokens per second and user")
     add("--seconds", type=float, default=8, help="of streaming; of sending, half of it each")
     add("--senders", nargs="+", type=int, default=[1, 10, 50])
+    add("--shards", nargs="+", type=int, default=[1, 2], help="with --users each (150)")
     add("--idle", nargs="+", type=int, default=[1000], help="connections")
     add("--messages", nargs="+", type=int, default=[100_000], help="in the database")
     add("--reads", type=int, default=500, help="of the history")
