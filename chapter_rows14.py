@@ -427,3 +427,517 @@ async def test_old_versions_are_found(service: Service) -> None:
     for word in ("originally", "lately"):
         found = (await service.http("GET", f"/api/users/alice/search?q={word}")).json
         assert [message["content"].lower() for message in found] == [word]
+
+
+# --- What the model is sent ---
+
+
+async def test_the_turns_alternate(settings: Make, upstream: Upstream) -> None:
+    """PROTOCOL.md, What the model is sent: replies without visible text are left out, neighbours
+    of one role are joined by an empty line, the first and the last turn are the user's."""
+    upstream.scripts = [refuses, says(" \n\u200b"), says("seen"), says("end")]
+    async with Service(settings(system_prompt="Be kind.")) as service:
+        chat_id, _ = await conversation(service, "One", "Two", "Three", "Four")
+    assert upstream.prompts[-1] == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "One\n\nTwo\n\nThree"},
+        {"role": "assistant", "content": "seen"},
+        {"role": "user", "content": "Four"},
+    ]
+
+
+async def test_replies_before_the_first_user_message_are_dropped(
+    settings: Make, upstream: Upstream
+) -> None:
+    """The budget may end between a message and its reply: then the reply isn't sent either."""
+    upstream.scripts = [says("bb")]
+    async with Service(settings(max_context_chars=10)) as service:
+        await conversation(service, "aaaaaaaa", "cccc")
+    assert upstream.prompts[-1] == [{"role": "user", "content": "cccc"}]
+
+
+TOO_LONG = json.dumps({"error": {"message": "too long", "code": "context_length_exceeded"}})
+
+
+async def too_long(exchange: Exchange) -> None:
+    await exchange.problem("400 Bad Request", TOO_LONG)
+
+
+async def test_a_context_that_is_too_long_is_halved(service: Service, upstream: Upstream) -> None:
+    """A server that refuses the request as too long is asked again with half, and then the
+    reply is like any other; the message that is answered is always whole."""
+    chat_id, _ = await conversation(service, *(str(number) * 100 for number in range(6)))
+    upstream.scripts = [too_long, too_long, says("fine")]
+    reply = await post(service, chat_id, "last " * 30)
+    assert (reply["status"], reply["content"]) == ("complete", "fine")
+    sizes = [sum(len(turn["content"]) for turn in prompt) for prompt in upstream.prompts[-3:]]
+    assert sizes[1] <= sizes[0] / 2
+    assert sizes[2] <= sizes[0] / 4
+    for prompt in upstream.prompts[-3:]:
+        assert prompt[-1]["content"].endswith("last " * 30)
+        assert prompt[0]["role"] == "user"
+
+
+async def test_a_context_that_stays_too_long_fails(service: Service, upstream: Upstream) -> None:
+    """After three further requests the reply fails with `model_context`."""
+    chat_id, _ = await conversation(service, *(str(number) * 100 for number in range(9)))
+    asked = len(upstream.exchanges)
+    upstream.scripts = [too_long] * 9
+    reply = await post(service, chat_id)
+    assert (reply["status"], reply["finish_reason"]) == ("failed", "model_context")
+    assert 2 <= len(upstream.exchanges) - asked <= 4
+
+
+# --- A chat's model and instructions ---
+
+
+async def test_a_chat_has_a_model_and_instructions(settings: Make, upstream: Upstream) -> None:
+    """PROTOCOL.md, Chat and What the model is sent: the request names the chat's model; one
+    system message has SYSTEM_PROMPT and then the chat's instructions."""
+    async with Service(settings(system_prompt="Be kind.", models="small, large")) as service:
+        listed = await service.http("GET", "/api/models")
+        assert listed.status == 200
+        assert listed.json["default"] == "scripted"
+        assert set(listed.json["models"]) == {"scripted", "small", "large"}
+        body = {"user_id": "alice", "model": "large", "instructions": "In verse."}
+        chat = (await service.http("POST", "/api/chats", body)).json
+        assert (chat["model"], chat["instructions"]) == ("large", "In verse.")
+        await post(service, chat["id"])
+        plain = await service.new_chat()
+        await post(service, plain)
+        shown = (await service.http("GET", f"/api/chats/{plain}")).json
+        assert (shown["model"], shown["instructions"]) == (None, None)
+    first, second = upstream.exchanges
+    assert (first.body["model"], second.body["model"]) == ("large", "scripted")
+    roles = [turn["role"] for turn in upstream.prompts[0]]
+    assert roles == ["system", "user"]
+    system = upstream.prompts[0][0]["content"]
+    assert system.startswith("Be kind.")
+    assert system.endswith("In verse.")
+    assert upstream.prompts[1][0]["content"] == "Be kind."
+
+
+async def test_instructions_are_a_system_message_of_their_own(
+    service: Service, upstream: Upstream
+) -> None:
+    """Without SYSTEM_PROMPT the instructions stand alone; without either there is none."""
+    chat_id = await service.new_chat()
+    await service.http("PATCH", f"/api/chats/{chat_id}", {"instructions": "In verse."})
+    await post(service, chat_id)
+    await service.http("PATCH", f"/api/chats/{chat_id}", {"instructions": ""})
+    await post(service, chat_id)
+    assert upstream.prompts[0][0] == {"role": "system", "content": "In verse."}
+    assert [turn["role"] for turn in upstream.prompts[1]] == ["user", "assistant", "user"]
+
+
+async def test_patch_changes_what_it_names(settings: Make) -> None:
+    """PROTOCOL.md, PATCH: `null` or `""` takes model or instructions away; what is left out
+    stays; nothing at all is fine, too. Every change is told to every connection."""
+    async with Service(settings(models="large")) as service, service.connect() as client:
+        chat_id = await service.new_chat(title="T")
+        await client.until("chat")
+        state: dict[str, Any] = {"title": "T", "model": None, "instructions": None}
+        for change in (
+            {"model": "large"},
+            {"instructions": "In verse."},
+            {"title": "U"},
+            {"model": None},
+            {"model": "large", "instructions": None},
+            {"model": "", "instructions": "x" * 8000},
+            {"instructions": ""},
+            {"title": None, "later": 1, "model": "scripted"},
+        ):
+            answer = await service.http("PATCH", f"/api/chats/{chat_id}", change)
+            assert answer.status == 200, change
+            for name in state.keys() & change.keys():
+                if name != "title" or change[name]:
+                    state[name] = change[name] or None
+            assert answer.json == answer.json | state, change
+            assert await client.until("chat") == {"type": "chat", "chat": answer.json}
+        same = await service.http("PATCH", f"/api/chats/{chat_id}", {})
+        assert (same.status, same.json) == (200, answer.json)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"model": "unknown"}, "model"),
+        ({"model": 1}, "model"),
+        ({"model": ["large"]}, "model"),
+        ({"instructions": 1}, "instructions"),
+        ({"instructions": "x" * 8001}, "instructions"),
+        ({"title": "x" * 201, "model": None}, "title"),
+    ],
+)
+async def test_a_bad_model_or_instruction_names_its_field(
+    shared: Service, body: dict[str, Any], field: str
+) -> None:
+    """422, for a new chat as for a change; nothing is made or changed."""
+    chat_id = await shared.new_chat("models", "T")
+    before = shared.stored("SELECT * FROM chats WHERE user_id = 'models'")
+    for method, path, more in (
+        ("PATCH", f"/api/chats/{chat_id}", {}),
+        ("POST", "/api/chats", {"user_id": "models"}),
+        ("POST", "/api/users/models/chats", {}),
+    ):
+        answer = await shared.http(method, path, body | more)
+        assert (answer.status, answer.json["code"]) == (422, "invalid_frame"), (method, path)
+        assert field in answer.json["detail"]
+    assert shared.stored("SELECT * FROM chats WHERE user_id = 'models'") == before
+
+
+# --- Titles ---
+
+FAMILY = "👨\u200d👩\u200d👧"
+
+
+@pytest.mark.parametrize(
+    ("content", "title"),
+    [
+        ("\u200b\n \u2060 \nTides\nmore", "Tides"),
+        ("x" * 59 + "e\u0301" + "y", "x" * 59),
+        ("x" * 59 + "ye\u0301", "x" * 59 + "y"),
+        ("x" * 58 + FAMILY + "y", "x" * 58),
+        ("x" * 59 + "👍🏽", "x" * 59),
+        ("x" * 59 + "🇩🇪", "x" * 59),
+        ("x" * 58 + "🇩🇪🇫🇷", "x" * 58 + "🇩🇪"),
+    ],
+)
+async def test_a_title_is_the_first_line_that_shows_anything(
+    service: Service, content: str, title: str
+) -> None:
+    """PROTOCOL.md, Chat: 60 characters, none cut in half."""
+    async with service.connect() as client:
+        await client.say(content)
+        await client.reply()
+        assert client.frames[0]["chat"]["title"] == title
+
+
+# --- Ping and pong ---
+
+
+async def test_a_ping_is_answered_to_the_asker_alone(service: Service) -> None:
+    """PROTOCOL.md, `ping`: `pong` with the `id` as it was given; nobody else gets it."""
+    async with service.connect() as client, service.connect() as other:
+        await client.send("ping", id="p1")
+        pong = await client.get()
+        assert (pong["type"], pong["id"]) == ("pong", "p1")
+        for fields in ({}, {"id": None}):
+            await client.send("ping", **fields)
+            pong = await client.get()
+            assert pong["type"] == "pong"
+            assert pong.get("id") is None
+        for odd in (1, True, ["a"], "x" * 65):
+            await client.send("ping", id=odd)
+            refusal = await client.get()
+            assert (refusal["type"], refusal["code"]) == ("error", "invalid_frame")
+            assert "id" in refusal["message"]
+        await client.send("ping", id="x" * 64)
+        assert (await client.get())["id"] == "x" * 64
+        assert [frame["type"] for frame in await caught_up(other)] == ["error"]
+
+
+async def test_an_abort_that_names_both_needs_both_to_fit(
+    service: Service, upstream: Upstream
+) -> None:
+    """PROTOCOL.md, `abort`: with `task_id` and `chat_id` the task must be of that chat."""
+    upstream.scripts = [Held("half")]
+    other_chat = await service.new_chat()
+    async with service.connect() as client:
+        message = await client.say("Hi")
+        await client.until("token")
+        await client.send("abort", task_id=message["task_id"], chat_id=other_chat)
+        assert (await client.refusal())["code"] == "task_not_found"
+        await client.send("abort", task_id=message["task_id"], chat_id=message["chat_id"])
+        await client.until("aborted", task_id=message["task_id"])
+
+
+# --- The user in the path ---
+
+
+async def test_a_chat_is_made_under_its_user(service: Service) -> None:
+    """PROTOCOL.md, POST /api/users/{user_id}/chats: as POST /api/chats; told to connections."""
+    async with service.connect("zo%C3%AB") as client:
+        made = await service.http("POST", "/api/users/zo%C3%AB/chats", {"title": "Mine"})
+        assert (made.status, made.headers["Location"]) == (201, f"/api/chats/{made.json['id']}")
+        assert (made.json["user_id"], made.json["title"]) == ("zoë", "Mine")
+        assert await client.get() == {"type": "chat", "chat": made.json}
+    bare = await service.http("POST", "/api/users/42/chats")
+    assert (bare.status, bare.json["user_id"], bare.json["title"]) == (201, "42", "")
+
+
+@pytest.mark.parametrize("user", [".", ".."])
+async def test_a_user_is_no_dots(shared: Service, user: str) -> None:
+    """PROTOCOL.md: browsers and proxies take `.` and `..` out of paths; 422 and 4403."""
+    answer = await shared.http("POST", "/api/chats", {"user_id": user})
+    assert (answer.status, answer.json["code"]) == (422, "invalid_frame")
+    assert "user_id" in answer.json["detail"]
+    head = f"GET /ws/{user} HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    key = base64.b64encode(b"0123456789abcdef").decode()
+    host = shared.address.removeprefix("http://")
+    head += f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\nHost: {host}\r\n\r\n"
+    name, _, port = host.rpartition(":")
+    reader, writer = await asyncio.open_connection(name, int(port))
+    async with asyncio.timeout(LIMIT):
+        writer.write(head.encode())
+        assert b" 101 " in await reader.readline()
+        await reader.readuntil(b"\r\n\r\n")
+        frame = await reader.readexactly(4)
+    writer.close()
+    assert (frame[0], int.from_bytes(frame[2:4])) == (0x88, 4403), "a close frame"
+
+
+# --- Events for a user ---
+
+
+class Events:
+    """An event stream of a user. `get` returns its next frame, held to the schema."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+        self.comments: list[str] = []
+        self.retry = ""
+        self.frames: list[dict[str, Any]] = []
+
+    async def block(self) -> list[str]:
+        """Return the lines up to the next empty one; none at the end of the stream."""
+        lines: list[str] = []
+        async with asyncio.timeout(LIMIT):
+            while line := await self.response.content.readline():
+                text = line.decode().rstrip("\r\n")
+                if not text and lines:
+                    break
+                lines += [text] if text else []
+        return lines
+
+    async def get(self) -> dict[str, Any] | None:
+        """Return the next frame, or None where the stream has ended."""
+        while lines := await self.block():
+            kind = ""
+            data = ""
+            for line in lines:
+                name, _, value = line.partition(":")
+                value = value.removeprefix(" ")
+                if not name:
+                    self.comments.append(value)
+                elif name == "event":
+                    kind = value
+                elif name == "data":
+                    data += value
+                else:
+                    assert name == "retry", line
+                    self.retry = value
+            if data:
+                frame: dict[str, Any] = json.loads(data)
+                assert frame["type"] == kind
+                frame_conforms(frame)
+                self.frames.append(frame)
+                return frame
+        return None
+
+    async def until(self, kind: str) -> dict[str, Any]:
+        while frame := await self.get():
+            if frame["type"] == kind:
+                return frame
+        pytest.fail(f"the stream ended without {kind}")
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    service: Peer, user: str = "alice", query: str = "", **headers: str
+) -> AsyncIterator[Events]:
+    """Open a user's event stream."""
+    timeout = aiohttp.ClientTimeout(None, sock_read=LIMIT)
+    path = f"/api/users/{user}/events{query}"
+    async with (
+        aiohttp.ClientSession(timeout=timeout) as session,
+        session.get(service.address + path, headers=headers) as response,
+    ):
+        assert response.status == 200, await response.text()
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        yield Events(response)
+
+
+async def test_events_are_what_a_socket_gets(service: Service, upstream: Upstream) -> None:
+    """PROTOCOL.md, GET /api/users/{user_id}/events: the frames of a WebSocket, `sync` at the
+    start included; it counts as a connection."""
+    upstream.scripts = [held := Held("half ", rest=("whole",))]
+    async with service.connect() as client:
+        message = await client.say("Hi")
+        await client.until("token")
+        async with service.connect() as late, listening(service) as events:
+            assert await events.get() == await late.get()
+            assert events.frames[0]["type"] == "sync"
+            assert events.frames[0]["content"] == "half "
+            assert (await service.http("GET", "/health")).json["connections"] == 3
+            held.go.set()
+            ended = await events.until("message")
+            assert ended["message"] == await late.reply()
+            tokens = [frame["token"] for frame in events.frames if frame["type"] == "token"]
+            assert "".join(tokens) == "whole"
+            await service.http("PATCH", f"/api/chats/{message['chat_id']}", {"title": "New"})
+            assert await events.until("chat") == await late.until("chat")
+            await service.http("DELETE", f"/api/chats/{message['chat_id']}")
+            assert await events.until("chat_deleted") == await late.until("chat_deleted")
+
+    async def nobody() -> bool:
+        return bool((await service.http("GET", "/health")).json["connections"] == 0)
+
+    await until(nobody)
+
+
+async def test_events_of_one_chat(service: Service, upstream: Upstream) -> None:
+    """`?chat_id=` keeps to that chat, from the `sync` on; another user's, a missing one is 404,
+    what is no id is 422."""
+    upstream.scripts = [Held("other"), Held("mine")]
+    foreign = await service.new_chat("bob")
+    async with service.connect() as client:
+        other = await client.say("Other")
+        mine = await client.say("Mine")
+        seen: set[str] = set()
+        while len(seen) < 2:
+            seen.add((await client.until("token"))["task_id"])
+        async with listening(service, query=f"?chat_id={mine['chat_id']}") as events:
+            sync = await events.get()
+            assert sync is not None
+            assert (sync["type"], sync["task_id"]) == ("sync", mine["task_id"])
+            for task_id in (other["task_id"], mine["task_id"]):
+                await client.send("abort", task_id=task_id)
+                await client.until("aborted", task_id=task_id)
+            assert (await events.until("aborted"))["task_id"] == mine["task_id"]
+            chats = {f.get("chat_id") or f["message"]["chat_id"] for f in events.frames}
+            assert chats == {mine["chat_id"]}
+    path = "/api/users/alice/events?chat_id="
+    for chat_id in (foreign, 999_999):
+        answer = await service.http("GET", f"{path}{chat_id}")
+        assert (answer.status, answer.json["code"]) == (404, "chat_not_found")
+    for odd in ("0", "x", "1.0", ""):
+        answer = await service.http("GET", path + odd)
+        assert answer.status == 422
+        assert "chat_id" in answer.json["detail"]
+
+
+@pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_user"])
+async def test_events_count_as_a_connection(settings: Make, limit: str) -> None:
+    """Over the limits it is 503, and a WebSocket 1013 where streams have taken the places."""
+    async with Service(settings(**{limit: 1})) as service:
+        async with listening(service) as events:
+            answer = await service.http("GET", "/api/users/alice/events")
+            assert (answer.status, answer.json["code"]) == (503, "overloaded")
+            assert int(answer.headers["Retry-After"]) >= 1
+            async with service.connect() as client:
+                assert await client.closed() == 1013
+            await service.new_chat()
+            assert (await events.until("chat"))["type"] == "chat"
+
+
+async def test_events_end_with_the_token(settings: Make) -> None:
+    """PROTOCOL.md: the stream ends with its token, and needs one; another's path is 403."""
+    async with Service(settings(jwt_secret=SECRET)) as service:
+        bare = await service.http("GET", "/api/users/alice/events")
+        assert bare.status == 401
+        foreign = await service.http("GET", "/api/users/alice/events", headers=bearer("bob"))
+        assert foreign.status == 403
+        expires = int(time.time()) + 3 - 30  # 30 s of clock skew are allowed
+        signed = {"Authorization": f"Bearer {token(exp=expires)}"}
+        async with listening(service, **signed) as events:
+            assert await events.get() is None
+
+
+async def test_events_end_with_the_service(service: Service, upstream: Upstream) -> None:
+    """After the last endings: what still runs is told as `interrupted`, then the stream ends."""
+    upstream.scripts = [Held("half")]
+    async with service.connect() as client, listening(service) as events:
+        message = await client.say("Hi")
+        await client.until("token")
+        stopping = asyncio.create_task(service.stop())
+        error = await events.until("error")
+        assert (error["code"], error["task_id"]) == ("interrupted", message["task_id"])
+        assert await events.get() is None
+        await stopping
+
+
+async def test_a_silent_event_stream_has_comments(service: Service) -> None:
+    """A comment after 15 s of silence tells proxies, and the reader, that it is alive."""
+    async with listening(service) as events:
+        async with asyncio.timeout(LIMIT + 15):
+            line = b""
+            while not line.startswith(b":"):
+                line = await events.response.content.readline()
+                assert line, "the stream has ended"
+
+
+async def test_a_stream_of_a_task_is_not_to_be_reconnected(service: Service) -> None:
+    """PROTOCOL.md, POST messages: a browser's EventSource that reconnected would send again, so
+    the stream of one task begins with `retry: 2147483647`."""
+    path = f"/api/chats/{await service.new_chat()}/messages"
+    answer = await service.http("POST", path, {"content": "Hi"}, headers=STREAM)
+    assert answer.body.startswith(b"retry: 2147483647\n")
+    assert answer.body.rstrip().rpartition(b"event: ")[2].startswith(b"message\n")
+
+
+# --- Export and erasure ---
+
+
+async def test_a_user_can_take_everything_along(settings: Make, upstream: Upstream) -> None:
+    """PROTOCOL.md, export: a line of JSON for each chat, as GET of the chat, with all of its
+    messages; nothing of other users."""
+    upstream.scripts = [says("a\nb"), refuses]
+    async with Service(settings(messages_per_minute=0)) as service:
+        chats = [await service.new_chat() for _ in range(3)]
+        for chat_id in chats[:2]:
+            await post(service, chat_id)
+        for number in range(60):
+            await post(service, chats[0], f"message {number}")
+        await post(service, await service.new_chat("bob"), "secret of Bob")
+        answer = await service.http("GET", "/api/users/alice/export")
+        assert answer.status == 200
+        assert answer.headers["Content-Type"].startswith("application/x-ndjson")
+        exported = {chat["id"]: chat for chat in map(json.loads, answer.body.splitlines())}
+        assert exported.keys() == set(chats)
+        for chat_id in chats:
+            shown = (await service.http("GET", f"/api/chats/{chat_id}?limit=1000")).json
+            assert exported[chat_id]["messages"] == shown["messages"]
+            assert exported[chat_id]["title"] == shown["title"]
+        assert b"Bob" not in answer.body
+        empty = await service.http("GET", "/api/users/nobody/export")
+        assert (empty.status, empty.body) == (200, b"")
+
+
+async def test_a_user_can_be_erased(service: Service, upstream: Upstream) -> None:
+    """PROTOCOL.md, DELETE of a user: as DELETE for each chat, and the `client_msg_id`s are
+    forgotten; nobody else loses anything; a second time is fine, too."""
+    upstream.scripts = [says("done"), Held("half")]
+    quiet = await service.new_chat()
+    await post(service, quiet, "Findme", client_msg_id="m1")
+    kept = await service.new_chat("bob")
+    async with service.connect() as client:
+        message = await client.say("Running")
+        await client.until("token")
+        assert (await service.http("DELETE", "/api/users/alice")).status == 204
+        gone = {(await client.until("chat_deleted"))["chat_id"] for _ in range(2)}
+        assert gone == {quiet, message["chat_id"]}
+        assert story(client, message["task_id"]) == ["user", "token", "reply", "aborted"]
+        assert (await service.http("GET", "/api/users/alice/chats")).json == []
+        assert (await service.http("GET", "/api/users/alice/search?q=findme")).json == []
+        assert (await service.http("GET", "/api/users/alice/export")).body == b""
+        again = await client.say("Anew", client_msg_id="m1")
+        assert again["id"] > message["id"]
+    assert (await service.http("GET", f"/api/chats/{kept}")).status == 200
+    assert (await service.http("DELETE", "/api/users/nobody")).status == 204
+
+
+async def test_only_oneself_can_be_exported_or_erased(settings: Make) -> None:
+    """Another user's path is 403; without a token it is 401."""
+    async with Service(settings(jwt_secret=SECRET)) as service:
+        await service.http("POST", "/api/chats", {}, headers=bearer("alice"))
+        for method, path in (
+            ("GET", "/api/users/alice/export"),
+            ("DELETE", "/api/users/alice"),
+            ("POST", "/api/users/alice/chats"),
+        ):
+            assert (await service.http(method, path)).status == 401
+            answer = await service.http(method, path, headers=bearer("bob"))
+            assert (answer.status, answer.json["code"]) == (403, "forbidden")
+        assert (await service.http("GET", "/api/models")).status == 401
+        assert service.stored("SELECT count(*) FROM chats") == [(1,)]
