@@ -941,3 +941,523 @@ async def test_only_oneself_can_be_exported_or_erased(settings: Make) -> None:
             assert (answer.status, answer.json["code"]) == (403, "forbidden")
         assert (await service.http("GET", "/api/models")).status == 401
         assert service.stored("SELECT count(*) FROM chats") == [(1,)]
+
+
+# --- Keys of an identity provider ---
+
+Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
+
+def new_key(method: str) -> Key:
+    if method == "RS256":
+        return rsa.generate_private_key(65_537, 2048)
+    if method == "ES256":
+        return ec.generate_private_key(ec.SECP256R1())
+    return ed25519.Ed25519PrivateKey.generate()
+
+
+class Provider:
+    """An identity provider: its keys are served on a real socket, and can be changed."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, tuple[str, Key]] = {}
+        self.fetched = 0
+        self.hangs = False
+        self.asked = asyncio.Event()
+        self.url = ""
+        self._server: asyncio.Server
+
+    def rotate(self, kid: str, method: str) -> None:
+        """Leave one key, a new one."""
+        self.keys = {kid: (method, new_key(method))}
+
+    def token(self, kid: str, user: Any = "alice", **claims: Any) -> str:
+        method, key = self.keys[kid]
+        now = int(time.time())
+        body = {"sub": user, "exp": now + 60} | claims
+        return jwt.encode(body, key, method, headers={"kid": kid})
+
+    def headers(self, kid: str, user: Any = "alice", **claims: Any) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token(kid, user, **claims)}"}
+
+    def document(self) -> bytes:
+        makers = {
+            "RS256": jwt.algorithms.RSAAlgorithm.to_jwk,
+            "ES256": jwt.algorithms.ECAlgorithm.to_jwk,
+            "EdDSA": jwt.algorithms.OKPAlgorithm.to_jwk,
+        }
+        keys = []
+        for kid, (method, key) in self.keys.items():
+            public: Any = key.public_key()
+            keys.append(json.loads(makers[method](public)) | {"kid": kid, "use": "sig"})
+        return json.dumps({"keys": keys}).encode()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            self.fetched += 1
+            self.asked.set()
+            if self.hangs:
+                await reader.read()
+            body = self.document()
+            head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            await writer.drain()
+        writer.close()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        host, port = self._server.sockets[0].getsockname()
+        self.url = f"http://{host}:{port}/jwks"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+
+@pytest.mark.parametrize("method", ["RS256", "ES256", "EdDSA"])
+async def test_tokens_of_an_identity_provider_are_taken(settings: Make, method: str) -> None:
+    """PROTOCOL.md, JWT_JWKS_URL: fetched when needed, kept, fetched anew for an unknown `kid`;
+    what no key of it has signed is 401 and 4401."""
+    async with Provider() as provider:
+        provider.rotate("one", method)
+        async with Service(settings(jwt_jwks_url=provider.url)) as service:
+            for _ in range(3):
+                answer = await service.http(
+                    "GET", "/api/users/alice/chats", headers=provider.headers("one")
+                )
+                assert answer.status == 200
+            assert provider.fetched == 1, "kept"
+            provider.rotate("two", method)
+            headers = provider.headers("two")
+            async with service.connect(additional_headers=headers) as client:
+                await caught_up(client)
+            assert provider.fetched == 2, "anew for an unknown kid"
+            stranger = Provider()
+            stranger.rotate("two", method)
+            for bad in (stranger.token("two"), token(), token(key="", method="none")):
+                headers = {"Authorization": f"Bearer {bad}"}
+                answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+                assert answer.status == 401
+                async with service.connect(additional_headers=headers) as client:
+                    assert await client.closed() == 4401
+
+
+async def test_a_secret_and_a_provider_go_together(settings: Make) -> None:
+    """HS256 by the secret stays good beside JWT_JWKS_URL; a public key is no secret."""
+    async with Provider() as provider:
+        provider.rotate("one", "RS256")
+        both = settings(jwt_secret=SECRET, jwt_jwks_url=provider.url)
+        async with Service(both) as service:
+            for headers in (bearer("alice"), provider.headers("one")):
+                answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+                assert answer.status == 200
+
+
+async def test_a_provider_that_hangs_holds_up_nobody_else(settings: Make) -> None:
+    """PROTOCOL.md: the keys are never awaited by others. Who has a known key, and /health, are
+    answered while an unknown `kid` waits for a provider that never answers."""
+    async with Provider() as provider:
+        provider.rotate("one", "ES256")
+        known = provider.headers("one", exp=int(time.time()) + 600)
+        async with Service(settings(jwt_jwks_url=provider.url)) as service:
+            path = "/api/users/alice/chats"
+            assert (await service.http("GET", path, headers=known)).status == 200
+            provider.rotate("two", "ES256")
+            provider.hangs = True
+            provider.asked.clear()
+            unknown = provider.headers("two")
+            waiting = asyncio.create_task(service.http("GET", path, headers=unknown))
+            async with asyncio.timeout(LIMIT):
+                await provider.asked.wait()
+            assert (await service.http("GET", path, headers=known)).status == 200
+            assert (await service.http("GET", "/health")).status == 200
+            assert not waiting.done()
+            waiting.cancel()
+            await asyncio.wait([waiting])
+
+
+@pytest.mark.parametrize(
+    ("audience", "claims", "status"),
+    [
+        (None, {"aud": "chat"}, 401),
+        (None, {"aud": ["chat"]}, 401),
+        ("chat", {"aud": "chat"}, 200),
+        ("chat", {"aud": ["other", "chat"]}, 200),
+        ("chat", {"aud": "other"}, 401),
+        ("chat", {}, 401),
+        (None, {"iat": 1}, 200),
+        (None, {"iat": 10**10}, 401),
+    ],
+)
+async def test_a_token_is_for_this_service(
+    settings: Make, audience: str | None, claims: dict[str, Any], status: int
+) -> None:
+    """PROTOCOL.md, JWT_AUDIENCE: what `aud` must hold; without it one with `aud` is refused."""
+    changes = {"jwt_audience": audience} if audience else {}
+    async with Service(settings(jwt_secret=SECRET, **changes)) as service:
+        headers = {"Authorization": f"Bearer {token(**claims)}"}
+        answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+        assert answer.status == status
+
+
+@pytest.mark.parametrize(
+    ("shift", "status"),
+    [
+        ({"iat": 1}, 200),
+        ({"iat": 20}, 200),
+        ({"nbf": 20}, 200),
+        ({"exp": -15}, 200),
+        ({"exp": -45}, 401),
+        ({"nbf": 90}, 401),
+    ],
+)
+async def test_clocks_may_differ_by_30_seconds(
+    settings: Make, shift: dict[str, int], status: int
+) -> None:
+    """PROTOCOL.md: 30 s of clock skew allowed, in both directions."""
+    async with Service(settings(jwt_secret=SECRET)) as service:
+        claims = {name: int(time.time()) + seconds for name, seconds in shift.items()}
+        headers = {"Authorization": f"Bearer {token(**claims)}"}
+        answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+        assert answer.status == status
+
+
+async def test_the_subject_may_be_an_integer(settings: Make) -> None:
+    """PROTOCOL.md: `sub` is a string or an integer; a bool or a float is neither."""
+    async with Service(settings(jwt_secret=SECRET)) as service:
+        for subject, status in ((42, 200), ("42", 200), (True, 401), (4.2, 401), (["42"], 401)):
+            encoded = jwt.api_jws.encode(
+                json.dumps({"sub": subject, "exp": int(time.time()) + 60}).encode(), SECRET, "HS256"
+            )
+            headers = {"Authorization": f"Bearer {encoded}"}
+            answer = await service.http("GET", "/api/users/42/chats", headers=headers)
+            assert answer.status == status, subject
+
+
+# --- Hosts and origins ---
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "admitted"),
+    [
+        ("", "evil.example", False),
+        ("", "evil.example:8005", False),
+        ("", "localhost.evil.example", False),
+        ("", "127.0.0.1.evil.example", False),
+        ("", "localhost:8005", True),
+        ("", "192.168.1.7", True),
+        ("", "[::1]:8005", True),
+        ("", "chat", True),
+        ("chat.example, b.example", "b.example:8005", True),
+        ("chat.example", "CHAT.example", True),
+        ("chat.example", "a.chat.example", False),
+        ("*", "evil.example", True),
+    ],
+)
+async def test_a_host_of_somebody_elses_dns_is_refused(
+    settings: Make, allowed: str, host: str, admitted: bool
+) -> None:
+    """PROTOCOL.md, Host: without tokens only IP addresses, `localhost`, names without a dot and
+    ALLOWED_HOSTS are answered: 403 and 4403 for others."""
+    async with Service(settings(allowed_hosts=allowed)) as service:
+        headers = {"Host": host}
+        answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+        assert answer.status == (200 if admitted else 403)
+        if not admitted:
+            assert answer.json["code"] == "forbidden"
+    async with Service(settings(allowed_hosts=allowed, jwt_secret=SECRET)) as service:
+        headers = {"Host": host} | bearer("alice")
+        answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+        assert answer.status == 200, "with tokens the host doesn't matter"
+
+
+async def handshake(service: Peer, host: str, origin: str = "") -> int:
+    """Open a WebSocket by hand, for a Host of one's own; return the close code, 0 if it stays."""
+    lines = ["GET /ws/alice HTTP/1.1", "Upgrade: websocket", "Connection: Upgrade"]
+    lines += [f"Sec-WebSocket-Key: {base64.b64encode(bytes(16)).decode()}"]
+    lines += ["Sec-WebSocket-Version: 13", f"Host: {host}"]
+    lines += [f"Origin: {origin}"] if origin else []
+    name, _, port = service.address.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(name, int(port))
+    ping = b'{"action": "x"}'  # is answered by a frame where the connection stays
+    masked = bytes([0x81, 0x80 | len(ping)]) + bytes(4) + ping
+    async with asyncio.timeout(LIMIT):
+        writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+        assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+        writer.write(masked)
+        first = await reader.readexactly(4)
+    writer.close()
+    return int.from_bytes(first[2:4]) if first[0] == 0x88 else 0
+
+
+async def test_a_socket_for_a_foreign_host_is_closed_with_4403(service: Service) -> None:
+    """PROTOCOL.md, Host: 4403 on the WebSocket."""
+    assert await handshake(service, "evil.example") == 4403
+    assert await handshake(service, "localhost:8005") == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "admitted"),
+    [
+        ("example.com:443", "https://example.com", True),
+        ("example.com", "https://example.com:443", True),
+        ("example.com:80", "http://example.com", True),
+        ("EXAMPLE.com", "https://example.COM", True),
+        ("example.com:8443", "https://example.com", False),
+        ("example.com", "https://example.com.evil.example", False),
+    ],
+)
+async def test_an_own_origin_may_leave_its_port_out(
+    settings: Make, host: str, origin: str, admitted: bool
+) -> None:
+    """PROTOCOL.md, Origin: the service's own host, ports 80 and 443 left out or not."""
+    async with Service(settings(allowed_hosts="*")) as service:
+        headers = {"Host": host, "Origin": origin}
+        answer = await service.http("POST", "/api/users/alice/chats", {}, headers=headers)
+        assert answer.status == (201 if admitted else 403)
+        assert await handshake(service, host, origin) == (0 if admitted else 4403)
+
+
+async def test_a_listed_origin_is_found_whatever_its_capitals(settings: Make) -> None:
+    """Capitals and default ports in ALLOWED_ORIGINS don't matter; the listed one gets CORS."""
+    async with Service(settings(allowed_origins="HTTPS://Chat.Example:443")) as service:
+        headers = {"Origin": "https://chat.example"}
+        answer = await service.http("POST", "/api/chats", {"user_id": 7}, headers=headers)
+        assert (answer.status, answer.json["user_id"]) == (201, "7")
+        assert answer.headers["Access-Control-Allow-Origin"] == "https://chat.example"
+
+
+@pytest.mark.parametrize("odd", ["https://*.example.com", "https://a*", "https://a.example,*b"])
+async def test_a_star_inside_an_origin_stops_the_start(tmp_path: Path, odd: str) -> None:
+    """PROTOCOL.md, Origin: it would never match; one sentence names the variable."""
+    refused = await Process(tmp_path, ALLOWED_ORIGINS=odd).start()
+    status, out, err = await refused.ended()
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("chat_app: ALLOWED_ORIGINS")
+
+
+# --- A file of version 1.0.0, and other things of the file ---
+
+OLD_SCHEMA = """
+-- The whole database. chat_app.py runs this file once, on an empty database, in one transaction.
+-- Ids are never used twice (AUTOINCREMENT): a link to a deleted chat can't open somebody else's.
+-- Timestamps are text as on the wire (PROTOCOL.md): they sort as they read.
+
+CREATE TABLE chats (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id    TEXT NOT NULL,
+    title      TEXT NOT NULL DEFAULT '',
+    created_at TEXT NOT NULL,
+    updated_at TEXT NOT NULL
+) STRICT;
+
+-- A user's chats, newest activity first.
+CREATE INDEX chats_by_activity ON chats (user_id, updated_at, id);
+
+-- A message and its reply are inserted together, the reply right after it: ids are in conversation order.
+CREATE TABLE messages (
+    id                INTEGER PRIMARY KEY AUTOINCREMENT,
+    chat_id           INTEGER NOT NULL REFERENCES chats (id) ON DELETE CASCADE,
+    user_id           TEXT NOT NULL,  -- the chat's owner: tasks and searches are theirs alone
+    content           TEXT NOT NULL,
+    is_ai             INTEGER NOT NULL CHECK (is_ai IN (0, 1)),
+    timestamp         TEXT NOT NULL,
+    status            TEXT NOT NULL
+                      CHECK (status IN ('complete', 'streaming', 'aborted', 'failed', 'interrupted')),
+    task_id           TEXT NOT NULL CHECK (length(task_id) = 36),
+    reply_to          INTEGER REFERENCES messages (id) ON DELETE CASCADE,
+    finish_reason     TEXT,
+    client_msg_id     TEXT,
+    model             TEXT,
+    prompt_tokens     INTEGER,
+    completion_tokens INTEGER,
+    CHECK (is_ai = (reply_to IS NOT NULL)),
+    CHECK (is_ai OR status = 'complete'),
+    CHECK (client_msg_id IS NULL OR NOT is_ai)
+) STRICT;
+
+CREATE INDEX messages_by_chat ON messages (chat_id, id);
+CREATE UNIQUE INDEX replies_by_task ON messages (task_id) WHERE is_ai;
+CREATE INDEX replies_by_message ON messages (reply_to) WHERE reply_to IS NOT NULL;
+-- What runs or waits: a few rows at any time. Admission counts them, recovery ends them.
+CREATE INDEX streaming ON messages (status, chat_id) WHERE status = 'streaming';
+
+-- Promise 9: what was sent under a client_msg_id. It outlives the message, so that a retry
+-- after the chat was deleted is not billed a second time.
+CREATE TABLE sends (
+    user_id       TEXT NOT NULL,
+    client_msg_id TEXT NOT NULL,
+    message_id    INTEGER NOT NULL,
+    PRIMARY KEY (user_id, client_msg_id)
+) STRICT, WITHOUT ROWID;
+
+-- Full-text search. The index holds no text of its own; the owner is one token, so that a
+-- search never walks through other users' hits. Only finished text is in it.
+CREATE VIEW searchable AS
+    SELECT id, content, 'u' || hex(user_id) AS owner FROM messages;
+
+CREATE VIRTUAL TABLE search USING fts5 (
+    content, owner, content = 'searchable', content_rowid = 'id',
+    tokenize = 'unicode61 remove_diacritics 2'
+);
+
+CREATE TRIGGER message_sent AFTER INSERT ON messages WHEN new.status <> 'streaming' BEGIN
+    INSERT INTO search (rowid, content, owner)
+    VALUES (new.id, new.content, 'u' || hex(new.user_id));
+END;
+
+CREATE TRIGGER reply_settled AFTER UPDATE OF status ON messages
+WHEN old.status = 'streaming' AND new.status <> 'streaming' BEGIN
+    INSERT INTO search (rowid, content, owner)
+    VALUES (new.id, new.content, 'u' || hex(new.user_id));
+END;
+
+CREATE TRIGGER message_deleted AFTER DELETE ON messages WHEN old.status <> 'streaming' BEGIN
+    INSERT INTO search (search, rowid, content, owner)
+    VALUES ('delete', old.id, old.content, 'u' || hex(old.user_id));
+END;
+
+PRAGMA user_version = 1;
+"""
+OLD_ROWS = """
+INSERT INTO chats VALUES
+    (1, 'alice', 'Old', '2026-01-01T00:00:00.000Z', '2026-01-02T00:00:00.000Z'),
+    (2, 'bob', '', '2026-01-01T00:00:00.000Z', '2026-01-01T00:00:00.000Z');
+INSERT INTO messages VALUES
+    (1, 1, 'alice', 'One', 0, '2026-01-01T00:00:01.000Z', 'complete',
+     '00000000-0000-4000-8000-000000000001', NULL, NULL, 'm1', NULL, NULL, NULL),
+    (2, 1, 'alice', 'Answer', 1, '2026-01-01T00:00:01.000Z', 'complete',
+     '00000000-0000-4000-8000-000000000001', 1, 'stop', NULL, 'gpt', 7, 3),
+    (3, 1, 'alice', 'Two', 0, '2026-01-01T00:00:02.000Z', 'complete',
+     '00000000-0000-4000-8000-000000000002', NULL, NULL, NULL, NULL, NULL, NULL),
+    (4, 1, 'alice', 'Stopp', 1, '2026-01-01T00:00:02.000Z', 'aborted',
+     '00000000-0000-4000-8000-000000000002', 3, NULL, NULL, 'gpt', NULL, NULL),
+    (5, 1, 'alice', 'Three', 0, '2026-01-01T00:00:03.000Z', 'complete',
+     '00000000-0000-4000-8000-000000000003', NULL, NULL, NULL, NULL, NULL, NULL),
+    (6, 1, 'alice', '', 1, '2026-01-01T00:00:03.000Z', 'failed',
+     '00000000-0000-4000-8000-000000000003', 5, 'model_error', NULL, NULL, NULL, NULL),
+    (7, 1, 'alice', 'Four', 0, '2026-01-01T00:00:04.000Z', 'complete',
+     '00000000-0000-4000-8000-000000000004', NULL, NULL, NULL, NULL, NULL, NULL),
+    (8, 1, 'alice', 'Cut', 1, '2026-01-01T00:00:04.000Z', 'interrupted',
+     '00000000-0000-4000-8000-000000000004', 7, NULL, NULL, 'gpt', NULL, NULL),
+    (9, 1, 'alice', 'Five', 0, '2026-01-01T00:00:05.000Z', 'complete',
+     '00000000-0000-4000-8000-000000000005', NULL, NULL, NULL, NULL, NULL, NULL),
+    (10, 1, 'alice', 'Half', 1, '2026-01-01T00:00:05.000Z', 'streaming',
+     '00000000-0000-4000-8000-000000000005', 9, NULL, NULL, 'gpt', NULL, NULL);
+INSERT INTO sends VALUES ('alice', 'm1', 1);
+"""
+
+
+async def test_a_file_of_version_1_0_0_opens_with_everything(
+    settings: Make, tmp_path: Path, upstream: Upstream
+) -> None:
+    """Issue 14: all chats and messages are there, with the new fields null; what it left
+    streaming is `interrupted`; search, retries and the conversation go on."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "chat.db")) as old:
+        old.executescript(OLD_SCHEMA + OLD_ROWS)
+    async with Service(settings()) as service:
+        chat = (await service.http("GET", "/api/chats/1")).json
+        assert (chat["title"], chat["model"], chat["instructions"]) == ("Old", None, None)
+        shown = [(m["content"], m["status"], m["reasoning"]) for m in chat["messages"][1::2]]
+        assert shown == [
+            ("Answer", "complete", None),
+            ("Stopp", "aborted", None),
+            ("", "failed", None),
+            ("Cut", "interrupted", None),
+            ("Half", "interrupted", None),
+        ]
+        assert [m["replaces"] for m in chat["messages"]] == [None] * 10
+        assert chat["messages"][1]["prompt_tokens"] == 7
+        for word in ("answer", "stopp", "half"):
+            found = (await service.http("GET", f"/api/users/alice/search?q={word}")).json
+            assert len(found) == 1, word
+        async with service.connect() as client:
+            echo = await client.say("One", chat_id=1, client_msg_id="m1")
+            assert echo["id"] == 1
+        await post(service, 1, "Zwei", replaces=3)
+        assert last_prompt(upstream) == ["One", "Answer", "Zwei"]
+        listed = (await service.http("GET", "/api/users/bob/chats")).json
+        assert [c["id"] for c in listed] == [2]
+
+
+async def test_a_chats_activity_never_goes_back(service: Service) -> None:
+    """PROTOCOL.md, Chat.updated_at: it moves, but never back, whatever the clock does."""
+    chat_id = await service.new_chat()
+    ahead = "2999-01-01T00:00:00.000Z"
+    with contextlib.closing(sqlite3.connect(service.database)) as db, db:
+        db.execute("UPDATE chats SET updated_at = ?", (ahead,))
+    await post(service, chat_id)
+    changed = await service.http("PATCH", f"/api/chats/{chat_id}", {"title": "New"})
+    assert changed.json["updated_at"] >= ahead
+
+
+async def test_a_page_of_history_is_bounded(settings: Make, upstream: Upstream) -> None:
+    """PROTOCOL.md, GET of a chat: fewer messages where they would be over 2 million characters,
+    one at least; `before` finds the rest."""
+    upstream.scripts = [says("x" * 900_000)] * 3 + [says("y" * 2_100_000)]
+    async with Service(settings(max_reply_chars=3_000_000)) as service:
+        chat_id, _ = await conversation(service, "One", "Two", "Three", "Four")
+        ids: list[int] = []
+        query = ""
+        more = True
+        while more:
+            page = (await service.http("GET", f"/api/chats/{chat_id}?limit=1000{query}")).json
+            sizes = [len(m["content"]) for m in page["messages"]]
+            assert sum(sizes) <= 2_000_000 or len(sizes) == 1
+            ids = [m["id"] for m in page["messages"]] + ids
+            query = f"&before={ids[0]}"
+            more = page["has_more"]
+        assert ids == list(range(ids[0], ids[0] + 8))
+
+
+# --- The command line ---
+
+
+async def test_the_command_line_helps(tmp_path: Path) -> None:
+    """`--help` and `--version` are answers, on standard output with status 0."""
+    for argument, told in (("--help", "backup"), ("--version", "1.")):
+        status, out, err = await (await Process(tmp_path).start(argument)).ended()
+        assert (status, err) == (0, "")
+        assert told in out
+    assert list(tmp_path.glob("*.db*")) == [], "nothing is made"
+
+
+async def test_a_backup_is_made_while_the_service_runs(
+    process: Callable[..., Process], tmp_path: Path
+) -> None:
+    """`backup FILE` is SQLite's own backup: a whole file, of what was committed; a service
+    opens it."""
+    async with process() as running:
+        chat_id = await running.new_chat(title="Kept")
+        await post(running, chat_id)
+        copy = tmp_path / "copy" / "chat.db"
+        copy.parent.mkdir()
+        status, _, err = await (await process().start("backup", str(copy))).ended()
+        assert (status, err) == (0, "")
+        await post(running, chat_id, "Still here")
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert db.execute("SELECT title FROM chats").fetchall() == [("Kept",)]
+        assert db.execute("SELECT count(*) FROM messages").fetchone() == (2,)
+
+
+# --- A client of the starred rows ---
+
+
+async def test_a_client_of_the_starred_rows_works_beside_the_new_ones(
+    service: Service, upstream: Upstream
+) -> None:
+    """PROTOCOL.md: it ignores what it doesn't know, and what it knows means what it meant: its
+    tokens joined are the text, also where the model thinks aloud."""
+    thinking = Thinking("Hm", "m", text=("4", "2"))
+    thinking.go.set()
+    upstream.scripts = [thinking]
+    chat = await service.http("POST", "/api/chats", {"user_id": "alice", "title": "T"})
+    async with service.connect() as client:
+        await client.send("send_message", chat_id=chat.json["id"], content="Hi")
+        reply = await client.reply()
+        tokens = [frame["token"] for frame in client.frames if frame["type"] == "token"]
+        assert "".join(tokens) == reply["content"] == "42"
+    shown = (await service.http("GET", f"/api/chats/{chat.json['id']}")).json["messages"]
+    assert [(m["content"], m["is_ai"]) for m in shown] == [("Hi", False), ("42", True)]
