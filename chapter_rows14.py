@@ -7,9 +7,7 @@ import base64
 import contextlib
 import json
 import sqlite3
-import sys
 import time
-import uuid
 from typing import TYPE_CHECKING, Any, Self
 
 import aiohttp
@@ -820,15 +818,14 @@ async def test_events_of_one_chat(service: Service, upstream: Upstream) -> None:
 @pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_user"])
 async def test_events_count_as_a_connection(settings: Make, limit: str) -> None:
     """Over the limits it is 503, and a WebSocket 1013 where streams have taken the places."""
-    async with Service(settings(**{limit: 1})) as service:
-        async with listening(service) as events:
-            answer = await service.http("GET", "/api/users/alice/events")
-            assert (answer.status, answer.json["code"]) == (503, "overloaded")
-            assert int(answer.headers["Retry-After"]) >= 1
-            async with service.connect() as client:
-                assert await client.closed() == 1013
-            await service.new_chat()
-            assert (await events.until("chat"))["type"] == "chat"
+    async with Service(settings(**{limit: 1})) as service, listening(service) as events:
+        answer = await service.http("GET", "/api/users/alice/events")
+        assert (answer.status, answer.json["code"]) == (503, "overloaded")
+        assert int(answer.headers["Retry-After"]) >= 1
+        async with service.connect() as client:
+            assert await client.closed() == 1013
+        await service.new_chat()
+        assert (await events.until("chat"))["type"] == "chat"
 
 
 async def test_events_end_with_the_token(settings: Make) -> None:
@@ -981,7 +978,7 @@ class Provider:
         return {"Authorization": f"Bearer {self.token(kid, user, **claims)}"}
 
     def document(self) -> bytes:
-        makers = {
+        makers: dict[str, Callable[[Any], Any]] = {
             "RS256": jwt.algorithms.RSAAlgorithm.to_jwk,
             "ES256": jwt.algorithms.ECAlgorithm.to_jwk,
             "EdDSA": jwt.algorithms.OKPAlgorithm.to_jwk,
@@ -1113,7 +1110,7 @@ async def test_a_token_is_for_this_service(
     ],
 )
 async def test_clocks_may_differ_by_30_seconds(
-    settings: Make, shift: dict[str, int], status: int
+    settings: Make, shift: dict[str, Any], status: int
 ) -> None:
     """PROTOCOL.md: 30 s of clock skew allowed, in both directions."""
     async with Service(settings(jwt_secret=SECRET)) as service:
@@ -1239,6 +1236,7 @@ async def test_a_star_inside_an_origin_stops_the_start(tmp_path: Path, odd: str)
 
 # --- A file of version 1.0.0, and other things of the file ---
 
+# schema.sql as it was, but for two line breaks
 OLD_SCHEMA = """
 -- The whole database. chat_app.py runs this file once, on an empty database, in one transaction.
 -- Ids are never used twice (AUTOINCREMENT): a link to a deleted chat can't open somebody else's.
@@ -1258,13 +1256,15 @@ CREATE INDEX chats_by_activity ON chats (user_id, updated_at, id);
 -- A message and its reply are inserted together, the reply right after it: ids are in conversation order.
 CREATE TABLE messages (
     id                INTEGER PRIMARY KEY AUTOINCREMENT,
-    chat_id           INTEGER NOT NULL REFERENCES chats (id) ON DELETE CASCADE,
+    chat_id           INTEGER NOT NULL
+                      REFERENCES chats (id) ON DELETE CASCADE,
     user_id           TEXT NOT NULL,  -- the chat's owner: tasks and searches are theirs alone
     content           TEXT NOT NULL,
     is_ai             INTEGER NOT NULL CHECK (is_ai IN (0, 1)),
     timestamp         TEXT NOT NULL,
     status            TEXT NOT NULL
-                      CHECK (status IN ('complete', 'streaming', 'aborted', 'failed', 'interrupted')),
+                      CHECK (status IN
+                      ('complete', 'streaming', 'aborted', 'failed', 'interrupted')),
     task_id           TEXT NOT NULL CHECK (length(task_id) = 36),
     reply_to          INTEGER REFERENCES messages (id) ON DELETE CASCADE,
     finish_reason     TEXT,
@@ -1417,10 +1417,11 @@ async def test_a_page_of_history_is_bounded(settings: Make, upstream: Upstream) 
 async def test_the_command_line_helps(tmp_path: Path) -> None:
     """`--help` and `--version` are answers, on standard output with status 0."""
     for argument, told in (("--help", "backup"), ("--version", "1.")):
-        status, out, err = await (await Process(tmp_path).start(argument)).ended()
+        process = await Process(tmp_path).start(argument)
+        status, out, err = await process.ended()
         assert (status, err) == (0, "")
         assert told in out
-    assert list(tmp_path.glob("*.db*")) == [], "nothing is made"
+    assert not process.database.exists(), "nothing is made"
 
 
 async def test_a_backup_is_made_while_the_service_runs(
