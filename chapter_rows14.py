@@ -435,7 +435,7 @@ async def test_the_turns_alternate(settings: Make, upstream: Upstream) -> None:
     of one role are joined by an empty line, the first and the last turn are the user's."""
     upstream.scripts = [refuses, says(" \n\u200b"), says("seen"), says("end")]
     async with Service(settings(system_prompt="Be kind.")) as service:
-        chat_id, _ = await conversation(service, "One", "Two", "Three", "Four")
+        await conversation(service, "One", "Two", "Three", "Four")
     assert upstream.prompts[-1] == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "One\n\nTwo\n\nThree"},
@@ -1236,7 +1236,7 @@ async def test_a_star_inside_an_origin_stops_the_start(tmp_path: Path, odd: str)
 
 # --- A file of version 1.0.0, and other things of the file ---
 
-# schema.sql as it was, but for two line breaks
+# schema.sql as it was, but for three line breaks
 OLD_SCHEMA = """
 -- The whole database. chat_app.py runs this file once, on an empty database, in one transaction.
 -- Ids are never used twice (AUTOINCREMENT): a link to a deleted chat can't open somebody else's.
@@ -1253,7 +1253,8 @@ CREATE TABLE chats (
 -- A user's chats, newest activity first.
 CREATE INDEX chats_by_activity ON chats (user_id, updated_at, id);
 
--- A message and its reply are inserted together, the reply right after it: ids are in conversation order.
+-- A message and its reply are inserted together, the reply right after it: ids are in
+-- conversation order.
 CREATE TABLE messages (
     id                INTEGER PRIMARY KEY AUTOINCREMENT,
     chat_id           INTEGER NOT NULL
