@@ -1,6 +1,9 @@
--- The whole database. chat_app.py runs this file once, on an empty database, in one transaction.
+-- The whole database, as numbered steps: each ends with `PRAGMA user_version`. chat_app.py runs the
+-- ones that a file has not seen, in one transaction. A step that was released is never changed.
 -- Ids are never used twice (AUTOINCREMENT): a link to a deleted chat can't open somebody else's.
--- Timestamps are text as on the wire (PROTOCOL.md): they sort as they read.
+-- Timestamps are text as on the wire (docs/protocol.md): they sort as they read.
+
+-- Step 1: version 1.0.0 (its search index is left out: step 2 replaces it)
 
 CREATE TABLE chats (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -38,7 +41,7 @@ CREATE TABLE messages (
 CREATE INDEX messages_by_chat ON messages (chat_id, id);
 CREATE UNIQUE INDEX replies_by_task ON messages (task_id) WHERE is_ai;
 CREATE INDEX replies_by_message ON messages (reply_to) WHERE reply_to IS NOT NULL;
--- What runs or waits: a few rows at any time. Admission counts them, recovery ends them.
+-- What runs or waits: a few rows at any time. Recovery ends them.
 CREATE INDEX streaming ON messages (status, chat_id) WHERE status = 'streaming';
 
 -- Promise 9: what was sent under a client_msg_id. It outlives the message, so that a retry
@@ -50,30 +53,43 @@ CREATE TABLE sends (
     PRIMARY KEY (user_id, client_msg_id)
 ) STRICT, WITHOUT ROWID;
 
--- Full-text search. The index holds no text of its own; the owner is one token, so that a
--- search never walks through other users' hits. Only finished text is in it.
-CREATE VIEW searchable AS
-    SELECT id, content, 'u' || hex(user_id) AS owner FROM messages;
+PRAGMA user_version = 1;
 
+-- Step 2: version 1.1.0
+
+ALTER TABLE chats ADD COLUMN model TEXT;         -- NULL: the service's default
+ALTER TABLE chats ADD COLUMN instructions TEXT;  -- what the user wants the model to keep in mind
+-- Gone for everybody; its rows are removed in slices.
+ALTER TABLE chats ADD COLUMN deleted INTEGER NOT NULL DEFAULT 0 CHECK (deleted IN (0, 1));
+CREATE INDEX chats_deleted ON chats (id) WHERE deleted;
+
+ALTER TABLE messages ADD COLUMN reasoning TEXT CHECK (reasoning IS NULL OR is_ai);
+-- The earlier user message in whose place this one stands.
+ALTER TABLE messages ADD COLUMN replaces INTEGER REFERENCES messages (id) ON DELETE SET NULL
+    CHECK (replaces IS NULL OR NOT is_ai);
+CREATE INDEX replacements ON messages (chat_id, replaces) WHERE replaces IS NOT NULL;
+CREATE INDEX replacements_by_message ON messages (replaces) WHERE replaces IS NOT NULL;
+
+-- Promise 6: what has come of running replies since they began, in order. An ending joins it into
+-- the message and empties this.
+CREATE TABLE pieces (
+    message_id INTEGER NOT NULL REFERENCES messages (id) ON DELETE CASCADE,
+    position   INTEGER NOT NULL,
+    text       TEXT NOT NULL,
+    reasoning  TEXT NOT NULL,
+    PRIMARY KEY (message_id, position)
+) STRICT, WITHOUT ROWID;
+
+-- Full-text search over finished text. chat_app.py makes the words (search_words): each begins
+-- with its owner's key, so that a search never walks through other users' hits. The index holds
+-- no text of its own (content = ''); a word's deletion needs the words it was inserted with.
+DROP TRIGGER IF EXISTS message_sent;
+DROP TRIGGER IF EXISTS reply_settled;
+DROP TRIGGER IF EXISTS message_deleted;
+DROP TABLE IF EXISTS search;
+DROP VIEW IF EXISTS searchable;
 CREATE VIRTUAL TABLE search USING fts5 (
-    content, owner, content = 'searchable', content_rowid = 'id',
-    tokenize = 'unicode61 remove_diacritics 2'
+    words, content = '', columnsize = 0, tokenize = 'ascii'
 );
 
-CREATE TRIGGER message_sent AFTER INSERT ON messages WHEN new.status <> 'streaming' BEGIN
-    INSERT INTO search (rowid, content, owner)
-    VALUES (new.id, new.content, 'u' || hex(new.user_id));
-END;
-
-CREATE TRIGGER reply_settled AFTER UPDATE OF status ON messages
-WHEN old.status = 'streaming' AND new.status <> 'streaming' BEGIN
-    INSERT INTO search (rowid, content, owner)
-    VALUES (new.id, new.content, 'u' || hex(new.user_id));
-END;
-
-CREATE TRIGGER message_deleted AFTER DELETE ON messages WHEN old.status <> 'streaming' BEGIN
-    INSERT INTO search (search, rowid, content, owner)
-    VALUES ('delete', old.id, old.content, 'u' || hex(old.user_id));
-END;
-
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;

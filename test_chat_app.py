@@ -44,6 +44,7 @@ import jsonschema  # type: ignore[import-untyped]
 import jwt
 import pytest
 import schemathesis
+import uvloop
 import websockets
 import yaml
 from hypothesis import strategies as st
@@ -300,15 +301,26 @@ class Service(Peer):
     """The service in a thread of this process, with its own event loop, on a real socket."""
 
     def __init__(self, settings: Settings) -> None:
-        self.server = chat_app.Server(settings)
-        self.address = self.server.address
-        self.database = Path(settings.database_url.partition(":///")[2])
-        self._thread = threading.Thread(target=self.server.run)
+        self._settings = settings
+        self._listener = chat_app.listen(settings)
+        self._started = threading.Event()
+        self.server: chat_app.Server
+        self.address = chat_app.address_of(self._listener)
+        self.database = Path(settings.database_path)
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(chat_app.serve(self._settings, self._listener, self._ready))
+
+    def _ready(self, server: chat_app.Server) -> None:
+        self.server = server
+        self._started.set()
 
     async def __aenter__(self) -> Self:
         self._thread.start()
         async with asyncio.timeout(LIMIT):
-            while not self.server.started:
+            while not self._started.is_set():
                 await asyncio.sleep(0.01)
                 assert self._thread.is_alive()
         return self
@@ -413,7 +425,7 @@ async def service(settings: Callable[..., Settings]) -> AsyncIterator[Service]:
 
 # --- openapi.yaml, as the judge of everything that the service sends ---
 
-OPENAPI = yaml.safe_load((HERE / "openapi.yaml").read_text("utf-8"))
+OPENAPI = yaml.safe_load((HERE / "docs" / "openapi.yaml").read_text("utf-8"))
 RESOURCE: Resource[Any] = Resource.from_contents(OPENAPI, DRAFT202012)
 REGISTRY: Registry[Any] = Registry().with_resource("openapi", RESOURCE)
 FRAMES = OPENAPI["components"]["schemas"]["ServerFrame"]["discriminator"]["mapping"]
