@@ -15,6 +15,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
+import chat_app
 from test_chat_app import (  # noqa: F401 - the fixtures are named by the tests
     HERE,
     LIMIT,
@@ -1013,9 +1014,12 @@ class Provider:
 
 
 @pytest.mark.parametrize("method", ["RS256", "ES256", "EdDSA"])
-async def test_tokens_of_an_identity_provider_are_taken(settings: Make, method: str) -> None:
+async def test_tokens_of_an_identity_provider_are_taken(
+    settings: Make, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PROTOCOL.md, JWT_JWKS_URL: fetched when needed, kept, fetched anew for an unknown `kid`;
     what no key of it has signed is 401 and 4401."""
+    monkeypatch.setattr(chat_app, "KEYS_PAUSE_SECONDS", 0.0)  # or it rotates too soon
     async with Provider() as provider:
         provider.rotate("one", method)
         async with Service(settings(jwt_jwks_url=provider.url)) as service:
@@ -1051,9 +1055,13 @@ async def test_a_secret_and_a_provider_go_together(settings: Make) -> None:
                 assert answer.status == 200
 
 
-async def test_a_provider_that_hangs_holds_up_nobody_else(settings: Make) -> None:
+async def test_a_provider_that_hangs_holds_up_nobody_else(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PROTOCOL.md: the keys are never awaited by others. Who has a known key, and /health, are
     answered while an unknown `kid` waits for a provider that never answers."""
+    monkeypatch.setattr(chat_app, "KEYS_PAUSE_SECONDS", 0.0)  # or it rotates too soon
+    monkeypatch.setattr(chat_app, "KEYS_TIMEOUT_SECONDS", LIMIT)
     async with Provider() as provider:
         provider.rotate("one", "ES256")
         known = provider.headers("one", exp=int(time.time()) + 600)
@@ -1229,7 +1237,10 @@ async def test_a_listed_origin_is_found_whatever_its_capitals(settings: Make) ->
 async def test_a_star_inside_an_origin_stops_the_start(tmp_path: Path, odd: str) -> None:
     """PROTOCOL.md, Origin: it would never match; one sentence names the variable."""
     refused = await Process(tmp_path, ALLOWED_ORIGINS=odd).start()
-    status, out, err = await refused.ended()
+    try:
+        status, out, err = await refused.ended()
+    finally:
+        await refused.__aexit__()  # where it has not ended
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("chat_app: ALLOWED_ORIGINS")
 
