@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -75,7 +76,8 @@ CREATE TABLE messages (
     is_ai             INTEGER NOT NULL CHECK (is_ai IN (0, 1)),
     timestamp         TEXT NOT NULL,
     status            TEXT NOT NULL
-                      CHECK (status IN ('complete', 'streaming', 'aborted', 'failed', 'interrupted')),
+                      CHECK (status IN ('complete', 'streaming', 'aborted', 'failed',
+                                        'interrupted')),
     task_id           TEXT NOT NULL CHECK (length(task_id) = 36),
     reply_to          INTEGER REFERENCES messages (id) ON DELETE CASCADE,
     finish_reason     TEXT,
@@ -174,6 +176,15 @@ def wal_megabytes(service: Peer) -> float:
     return service.database.with_name(f"{service.database.name}-wal").stat().st_size / 2**20
 
 
+async def within(seconds: float, condition: Callable[[], bool]) -> None:
+    """Wait until that is so; TimeoutError after `seconds`."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > ends:
+            raise TimeoutError
+        await asyncio.sleep(0.05)
+
+
 async def worst_echo(client: Client, chat_id: int, until_done: Callable[[], bool]) -> float:
     """Send messages one after the other until that is so; return the longest wait for an echo."""
     worst = 0.0
@@ -196,16 +207,16 @@ async def test_nothing_is_done_after_a_token_has_expired(
 ) -> None:
     """Who may do what: nothing that a socket sends after `exp` is done, also while so much waits
     for it that the close can't be sent."""
-    upstream.scripts = [says("x" * 90_000)] * 60
-    changes = {"jwt_secret": SECRET, "messages_per_minute": 0, "slow_reader_seconds": 5}
+    upstream.scripts = [says("x" * 90_000)] * 30
+    changes = {"jwt_secret": SECRET, "messages_per_minute": 0, "slow_reader_seconds": 12}
     loop = asyncio.get_running_loop()
     async with Service(settings(**changes)) as service:
         headers = {"Authorization": f"Bearer {token()}"}
         async with service.connect(additional_headers=headers) as client:
-            expires = int(time.time()) + 10
+            expires = int(time.time()) + 6
             short = {"Authorization": f"Bearer {token(exp=expires)}"}
             with stall_with(service.address, short) as stalled:
-                for _ in range(60):
+                for _ in range(30):
                     await client.say("at length")
                     await client.reply()
                 await asyncio.sleep(expires + 1 - time.time())
@@ -454,18 +465,16 @@ async def test_deleted_words_leave_the_index_and_the_file(
         for word in words.values():
             assert await found(service, word) == []
 
-        async def is_gone() -> bool:
+        def is_gone() -> bool:
             files = service.database.parent.glob("chat.db*")
             data = b"".join(file.read_bytes() for file in files)
             return not any(word[12:].encode() in data for word in words.values())
 
-        async with asyncio.timeout(3 * LIMIT):
-            while not await is_gone():
-                await asyncio.sleep(0.2)
+        await within(2 * LIMIT, is_gone)
         assert await found(service, "stays", user="bob") == ["stays"]
 
 
-MANY = 60_000  # messages of a chat that is deleted
+MANY = 150_000  # messages of a chat that is deleted
 SLOW_SLICES = """
 for name, value in {"SLICE_ROWS": 100, "PURGE_SECONDS": 0.1}.items():
     assert hasattr(chat_app, name), name
@@ -517,6 +526,7 @@ async def test_a_large_chat_is_deleted_beside_the_others(crowded: Patient) -> No
         )
         assert (await deleting).status == 204
         assert left_of(service, 1) == 0
+        print(f"longest wait for an echo: {worst:.2f} s, otherwise {quiet:.2f}")
         assert worst < quiet + 1, (worst, quiet)
         await alice.until("chat_deleted", chat_id=1)
         await is_hidden(service, 1)
@@ -529,18 +539,14 @@ async def test_a_deletion_goes_on_after_a_crash(crowded: Patient, patient: Any) 
     async with crowded as service, service.connect("bob") as bob:
         assert (await service.http("DELETE", "/api/chats/1")).status == 204
         await is_hidden(service, 1)
-        async with asyncio.timeout(LIMIT):
-            while left_of(service, 1) == MANY:
-                await asyncio.sleep(0.05)
+        await within(LIMIT, lambda: left_of(service, 1) < MANY)
         message = await bob.say("echoed", chat_id=2)
         service.process.kill()
         await service.process.wait()
         assert 0 < left_of(service, 1) < MANY
     async with patient() as service:
         await is_hidden(service, 1)
-        async with asyncio.timeout(5 * LIMIT):
-            while left_of(service, 1):
-                await asyncio.sleep(0.1)
+        await within(5 * LIMIT, lambda: not left_of(service, 1))
         texts = {each["id"]: each["content"] for each in await messages(service, 2)}
         assert texts[MANY + 1] == "stays"
         assert texts[message["id"]] == "echoed"
@@ -574,6 +580,10 @@ def written_megabytes(service: Process) -> float:
     return int(io.partition("wchar:")[2].split()[0]) / 2**20
 
 
+def has_grown(counts: list[int], size: int) -> bool:
+    return counts[0] >= size
+
+
 @only_linux
 @pytest.mark.timeout(200)
 async def test_the_cost_of_a_checkpoint_goes_with_the_new_text(
@@ -593,9 +603,9 @@ async def test_the_cost_of_a_checkpoint_goes_with_the_new_text(
         lowest = float("inf")
         for _ in range(20):
             said, written = counts[0], written_megabytes(service)
-            async with asyncio.timeout(LIMIT):
-                while counts[0] < said + 400:  # two new pieces of each
-                    await asyncio.sleep(0.01)
+            await within(
+                LIMIT, functools.partial(has_grown, counts, said + 400)
+            )  # two new pieces of each
             lowest = min(lowest, written_megabytes(service) - written)
         assert lowest < 3
 
