@@ -186,7 +186,7 @@ async def within(seconds: float, condition: Callable[[], bool]) -> None:
 
 
 async def worst_turn(client: Client, chat_id: int, until_done: Callable[[], bool]) -> float:
-    """Send messages one after the other until that is so; return the longest turn, to the reply's end."""
+    """Send messages one after the other until that is so; return the longest whole turn."""
     worst = 0.0
     number = 0
     while number < 10 or not until_done():
