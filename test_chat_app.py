@@ -8,10 +8,12 @@ it is killed or reads its environment.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import functools
 import gc
 import gzip
+import inspect
 import itertools
 import json
 import logging
@@ -20,6 +22,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -30,9 +33,10 @@ import sys
 import tarfile
 import threading
 import time
+import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -42,24 +46,31 @@ import aiohttp
 import hypothesis
 import jsonschema  # type: ignore[import-untyped]
 import jwt
+import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import schemathesis
 import uvloop
 import websockets
 import yaml
+from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import strategies as st
 from playwright.async_api import Locator, Page, async_playwright, expect
 from playwright.async_api import Route as Intercepted
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 from schemathesis.core.result import Ok
-from starlette.applications import Starlette
 from starlette.routing import Route
+from websockets.frames import Frame, Opcode
 
 import chat_app
 from chat_app import Settings
 
+if sys.platform != "win32":
+    import fcntl
+
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
     from websockets.asyncio.client import ClientConnection
 
 HERE = Path(__file__).parent
@@ -4812,3 +4823,3506 @@ if __name__ == "__main__":  # python test_chat_app.py crash --rounds 200
     os.environ["CRASH_ROUNDS"] = sys.argv[3]
     options = ["-q", "-s", "--timeout=0", "-k", "test_rounds_of_kill_9_under_load"]
     os.execv(sys.executable, [sys.executable, "-m", "pytest", __file__, *options])
+
+
+# --- Reasoning ---
+
+
+async def thinks(exchange: Exchange, *pieces: str, field: str = "reasoning_content") -> None:
+    """Send pieces of what the model thinks aloud, in one of the fields that servers use."""
+    for piece in pieces:
+        await exchange.event({"choices": [{"index": 0, "delta": {field: piece}}]})
+
+
+class Thinking:
+    """A script that thinks aloud, waits for `go`, then says `text` and finishes."""
+
+    def __init__(self, *thoughts: str, text: tuple[str, ...] = ("42",)) -> None:
+        self.thoughts = thoughts
+        self.text = text
+        self.go = asyncio.Event()
+
+    async def __call__(self, exchange: Exchange) -> None:
+        await exchange.start()
+        await thinks(exchange, *self.thoughts)
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.go, exchange.left)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        await exchange.say(*self.text)
+        await exchange.finish()
+
+
+def thoughts_of(client: Client, task_id: str) -> str:
+    """Return the thoughts that a connection has of a reply: `sync` and the tokens after it."""
+    thoughts = ""
+    for frame in client.frames:
+        if frame.get("task_id") == task_id and frame["type"] == "sync":
+            thoughts = frame["reasoning"] or ""
+        elif frame.get("task_id") == task_id and frame["type"] == "token":
+            thoughts += frame.get("reasoning") or ""
+    return thoughts
+
+
+async def test_reasoning_is_streamed_synced_stored_and_never_sent_back(
+    service: Service, upstream: Upstream
+) -> None:
+    """PROTOCOL.md, Message.reasoning and token.reasoning: it has a `seq` like text, a later
+    connection gets it by `sync`, it is in the reply's message and in history, and the model is
+    never sent it."""
+    upstream.scripts = [thinking := Thinking("Six ", "by nine")]
+    async with service.connect() as early:
+        message = await early.say("Hi")
+        task_id = message["task_id"]
+        while thoughts_of(early, task_id) != "Six by nine":
+            frame = await early.get()
+        assert frame["type"] == "token"
+        assert (frame["token"], frame["seq"]) == ("", 2)
+        running = (await messages(service, message["chat_id"]))[1]
+        assert (running["content"], running["reasoning"]) == ("", "Six by nine")
+        async with service.connect() as late:
+            sync = await late.get()
+            assert sync == {
+                "type": "sync", "chat_id": message["chat_id"], "task_id": task_id,
+                "message_id": message["id"] + 1, "content": "", "reasoning": "Six by nine",
+                "seq": 2,
+            }  # fmt: skip
+            thinking.go.set()
+            replies = [await early.reply(), await late.reply()]
+            for client in (early, late):
+                assert text_of(client, task_id) == "42"
+                assert thoughts_of(client, task_id) == "Six by nine"
+                plain = [f for f in client.frames if f["type"] == "token" and f["token"]]
+                assert all("reasoning" not in f for f in plain), "only where there is any"
+    assert replies[0] == replies[1]
+    assert (replies[0]["content"], replies[0]["reasoning"]) == ("42", "Six by nine")
+    assert await messages(service, message["chat_id"]) == [message, replies[0]]
+    assert message["reasoning"] is None
+    await post(service, message["chat_id"], "Why?")
+    assert upstream.prompts[1] == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "42"},
+        {"role": "user", "content": "Why?"},
+    ]
+
+
+THOUGHT_DELTAS: dict[str, list[dict[str, Any]]] = {
+    "reasoning_content": [{"reasoning_content": "Hm"}, {"reasoning_content": "m", "content": None}],
+    "reasoning": [{"reasoning": "Hmm", "content": ""}],
+    "list parts": [
+        {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hmm"}]}]},
+        {"content": [{"type": "text", "text": "Y"}]},
+        {"content": "es"},
+    ],
+    "<think>": [{"content": "<think>Hmm</think>Yes"}],
+    "<think> in pieces": [{"content": piece} for piece in "<think>Hmm</think>Yes"],
+}
+
+
+@pytest.mark.parametrize("form", THOUGHT_DELTAS)
+async def test_reasoning_is_found_where_servers_put_it(
+    service: Service, upstream: Upstream, form: str
+) -> None:
+    """PROTOCOL.md, Message.reasoning: from the fields that servers use for it, or between
+    `<think>` and `</think>` at the very start of the text, however that is cut."""
+    deltas = THOUGHT_DELTAS[form]
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.start()
+        for fields in deltas:
+            await exchange.event({"choices": [{"index": 0, "delta": fields}]})
+        if form in {"reasoning_content", "reasoning"}:
+            await exchange.say("Yes")
+        await exchange.finish()
+
+    upstream.scripts = [script]
+    async with service.connect() as client:
+        message = await client.say("Hi")
+        reply = await client.reply()
+    assert (reply["content"], reply["reasoning"]) == ("Yes", "Hmm")
+    assert text_of(client, message["task_id"]) == "Yes"
+    assert thoughts_of(client, message["task_id"]) == "Hmm"
+
+
+@pytest.mark.parametrize(
+    "text", ["a <think>b</think>", "<thin", "<thinking>b</thinking>", "&lt;think>b</think>"]
+)
+async def test_what_is_no_think_at_the_very_start_is_text(
+    service: Service, upstream: Upstream, text: str
+) -> None:
+    """Only `<think>` at the very start begins reasoning; nothing that looks like it is lost."""
+    upstream.scripts = [says(*text)]
+    async with service.connect() as client:
+        message = await client.say("Hi")
+        reply = await client.reply()
+    assert (reply["content"], reply["reasoning"]) == (text, None)
+    assert text_of(client, message["task_id"]) == text
+
+
+@pytest.mark.parametrize("ends", ["complete", "aborted", "failed"])
+async def test_a_reply_may_have_reasoning_only(
+    service: Service, upstream: Upstream, ends: str
+) -> None:
+    """Its `message` comes also where there is no text, because there is reasoning; it leaves
+    the model's context, as it has no visible text."""
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.start()
+        await thinks(exchange, "Hmm")
+        if ends == "aborted":
+            await exchange.left.wait()
+        elif ends == "complete":
+            await exchange.finish()
+
+    upstream.scripts = [script]
+    async with service.connect() as client:
+        message = await client.say("Hi")
+        if ends == "aborted":
+            await client.until("token")
+            await client.send("abort", task_id=message["task_id"])
+        reply = await client.reply()
+        assert (reply["status"], reply["content"], reply["reasoning"]) == (ends, "", "Hmm")
+        await caught_up(client)
+    told = ["user", "token", "reply"]
+    told += {"complete": [], "aborted": ["aborted"], "failed": ["error"]}[ends]
+    assert story(client, message["task_id"]) == told
+    await post(service, message["chat_id"], "Well?")
+    assert upstream.prompts[1] == [{"role": "user", "content": "Hi\n\nWell?"}]
+
+
+async def test_reasoning_counts_towards_the_length_of_a_reply(
+    settings: Make, upstream: Upstream
+) -> None:
+    """PROTOCOL.md: it counts towards MAX_REPLY_CHARS, over which a reply ends with `length`."""
+    thinking = Thinking("12345", text=("67890", "more"))
+    thinking.go.set()
+    upstream.scripts = [thinking]
+    async with Service(settings(max_reply_chars=8)) as service:
+        chat_id = await service.new_chat()
+        reply = await post(service, chat_id)
+    assert (reply["status"], reply["finish_reason"]) == ("complete", "length")
+    assert (reply["reasoning"], reply["content"]) == ("12345", "678")
+
+
+# --- Editing ---
+
+
+async def contents(service: Peer, chat_id: int) -> list[str]:
+    """Return what history shows, in its order, each message once."""
+    found = await messages(service, chat_id)
+    ids = [message["id"] for message in found]
+    assert ids == sorted(set(ids))
+    return [message["content"] for message in found]
+
+
+async def conversation(service: Peer, *texts: str, title: str = "") -> tuple[int, list[int]]:
+    """Hold a conversation; return the chat and the ids of the user's messages."""
+    chat_id = await service.new_chat(title=title)
+    for text in texts:
+        await post(service, chat_id, text)
+    return chat_id, [m["id"] for m in await messages(service, chat_id) if not m["is_ai"]]
+
+
+def last_prompt(upstream: Upstream) -> list[str]:
+    return [turn["content"] for turn in upstream.prompts[-1]]
+
+
+async def test_an_edit_stands_in_the_place_of_a_message(
+    service: Service, upstream: Upstream
+) -> None:
+    """PROTOCOL.md, Editing: the named message and its replies leave the model's context and stay
+    readable; history shows every message once, in order; the title is kept."""
+    upstream.scripts = [says("a"), says("b"), says("c"), says("d")]
+    chat_id, (_, second) = await conversation(service, "One", "Two")
+    async with service.connect() as client:
+        edit = await client.say("Zwei", chat_id=chat_id, replaces=second)
+        await client.reply()
+        assert edit["replaces"] == second
+        assert {frame["type"] for frame in client.frames} == {"message", "token"}
+    assert last_prompt(upstream) == ["One", "a", "Zwei"]
+    await post(service, chat_id, "Three")
+    assert last_prompt(upstream) == ["One", "a", "Zwei", "c", "Three"]
+    assert await contents(service, chat_id) == [
+        "One", "a", "Two", "b", "Zwei", "c", "Three", "d",
+    ]  # fmt: skip
+    out = [m["replaces"] for m in await messages(service, chat_id)]
+    assert out == [None] * 4 + [second] + [None] * 3
+    assert service.stored("SELECT title FROM chats") == [("One",)]
+
+
+async def test_an_edit_takes_out_all_that_followed(service: Service, upstream: Upstream) -> None:
+    """All from the replaced message up to the new one is out, whoever said it; a chain of edits
+    leaves the last one."""
+    upstream.scripts = [says(letter) for letter in "abcdef"]
+    chat_id, (first, _, _) = await conversation(service, "One", "Two", "Three")
+    reply = await post(service, chat_id, "Eins", replaces=first)
+    assert last_prompt(upstream) == ["Eins"]
+    assert (reply["content"], reply["replaces"]) == ("d", None)
+    await post(service, chat_id, "Un", replaces=reply["reply_to"])
+    assert last_prompt(upstream) == ["Un"]
+    await post(service, chat_id, "Deux")
+    assert last_prompt(upstream) == ["Un", "e", "Deux"]
+    assert await contents(service, chat_id) == [
+        "One", "a", "Two", "b", "Three", "c", "Eins", "d", "Un", "e", "Deux", "f",
+    ]  # fmt: skip
+
+
+async def test_what_an_edit_of_an_older_message_replaced_stays_out(
+    service: Service, upstream: Upstream
+) -> None:
+    """One, Two, an edit of Two, then an edit of One: of all before, nothing is sent any more."""
+    chat_id, (first, second) = await conversation(service, "One", "Two")
+    await post(service, chat_id, "Zwei", replaces=second)
+    await post(service, chat_id, "Eins", replaces=first)
+    assert last_prompt(upstream) == ["Eins"]
+    await post(service, chat_id, "And")
+    assert last_prompt(upstream) == ["Eins", "Hello, world", "And"]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "status"),
+    [
+        ("of another chat", "message_not_found", 404),
+        ("of another user", "message_not_found", 404),
+        ("a reply", "message_not_found", 404),
+        ("none", "message_not_found", 404),
+        ("replaced", "not_current", 409),
+        ("after a replaced one", "not_current", 409),
+    ],
+)
+async def test_an_edit_of_what_can_not_be_edited_is_refused(
+    service: Service, name: str, code: str, status: int
+) -> None:
+    """PROTOCOL.md, Refusals: `message_not_found` where it is no user message of that chat,
+    `not_current` where another stands in its place already; nothing is changed."""
+    chat_id, (first, second) = await conversation(service, "One", "Two")
+    other_chat, (other, third) = await conversation(service, "Other", "Third")
+    await post(service, other_chat, "Andere", replaces=other)
+    foreign = await post(service, await service.new_chat("bob"), "Mine")
+    target_chat, target = {
+        "of another chat": (chat_id, third),
+        "of another user": (chat_id, foreign["reply_to"]),
+        "a reply": (chat_id, first + 1),
+        "none": (chat_id, second + 1000),
+        "replaced": (other_chat, other),
+        "after a replaced one": (other_chat, third),
+    }[name]
+    before = service.stored("SELECT * FROM messages ORDER BY id")
+    async with service.connect() as client:
+        await client.send("send_message", chat_id=target_chat, content="x", replaces=target)
+        refusal = await client.get()
+        assert (refusal["type"], refusal["code"]) == ("error", code)
+        assert refusal["chat_id"] == target_chat
+    body = {"content": "x", "replaces": target}
+    answer = await service.http("POST", f"/api/chats/{target_chat}/messages", body)
+    assert (answer.status, answer.json["code"]) == (status, code)
+    assert service.stored("SELECT * FROM messages ORDER BY id") == before
+
+
+async def test_an_edit_needs_its_chat_and_a_quiet_one(service: Service, upstream: Upstream) -> None:
+    """`invalid_frame` without a `chat_id`; `busy` while a reply of the chat runs or waits."""
+    chat_id, (first,) = await conversation(service, "One")
+    upstream.scripts = [held := Held("half")]
+    async with service.connect() as client:
+        await client.send("send_message", content="x", replaces=first)
+        refusal = await client.refusal()
+        assert refusal["code"] == "invalid_frame"
+        assert "chat_id" in refusal["message"]
+        await client.say("Two", chat_id=chat_id)
+        await client.send("send_message", chat_id=chat_id, content="x", replaces=first)
+        assert (await client.refusal())["code"] == "busy"
+        body = {"content": "x", "replaces": first}
+        answer = await service.http("POST", f"/api/chats/{chat_id}/messages", body)
+        assert (answer.status, answer.json["code"]) == (409, "busy")
+        held.go.set()
+        await client.reply()
+        await client.say("Eins", chat_id=chat_id, replaces=first)
+    assert len(service.stored("SELECT id FROM chats")) == 1
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "true", "1.0", '"1"', "[1]", str(2**63)])
+async def test_replaces_is_an_id(shared: Service, value: str) -> None:
+    """PROTOCOL.md, Refusals: a bool or `1.0` is no id; the message names the field."""
+    chat_id = await shared.new_chat("hostile edit")
+    body = f'{{"content": "Hi", "replaces": {value}}}'
+    path = f"/api/chats/{chat_id}/messages"
+    headers = {"Content-Type": "application/json"}
+    answer = await shared.http("POST", path, body.encode(), headers=headers)
+    assert (answer.status, answer.json["code"]) == (422, "invalid_frame")
+    assert "replaces" in answer.json["detail"]
+    async with shared.connect("hostile%20edit") as client:
+        frame = f'{{"action": "send_message", "chat_id": {chat_id}, {body[1:]}'
+        await client.socket.send(frame)
+        refusal = await client.refusal()
+        assert refusal["code"] == "invalid_frame"
+        assert "replaces" in refusal["message"]
+
+
+async def test_a_retried_edit_gets_what_is_stored(service: Service, upstream: Upstream) -> None:
+    """Promise 9 for an edit: sent again with its `client_msg_id` it is echoed, not stored anew,
+    and not refused as `not_current` or `busy`."""
+    chat_id, (first,) = await conversation(service, "One")
+    fields: dict[str, Any] = {"chat_id": chat_id, "replaces": first, "client_msg_id": "e1"}
+    upstream.scripts = [held := Held("half")]
+    async with service.connect() as client:
+        edit = await client.say("Eins", **fields)
+        await client.until("token")
+        assert await client.say("Eins", **fields) == edit, "while it is answered"
+        held.go.set()
+        await client.reply()
+        assert await client.say("Eins", **fields) == edit, "and after that"
+    assert len(upstream.exchanges) == 2
+    assert len(await messages(service, chat_id)) == 4
+
+
+async def test_regenerate_after_an_edit_answers_the_edit(
+    service: Service, upstream: Upstream
+) -> None:
+    """It is the chat's last user message; its older reply leaves the context as ever."""
+    upstream.scripts = [says("a"), says("b"), says("c"), says("d"), says("e")]
+    chat_id, (_, second) = await conversation(service, "One", "Two")
+    await post(service, chat_id, "Zwei", replaces=second)
+    answer = await service.http("POST", f"/api/chats/{chat_id}/regenerate")
+    assert last_prompt(upstream) == ["One", "a", "Zwei"]
+    assert answer.json["message"]["content"] == "Zwei"
+    assert answer.json["message"]["replaces"] == second
+    await post(service, chat_id, "Three")
+    assert last_prompt(upstream) == ["One", "a", "Zwei", "d", "Three"]
+
+
+async def test_old_versions_are_found(service: Service) -> None:
+    """PROTOCOL.md, Editing: search still finds old versions."""
+    chat_id, (first,) = await conversation(service, "Originally")
+    await post(service, chat_id, "Lately", replaces=first)
+    for word in ("originally", "lately"):
+        found = (await service.http("GET", f"/api/users/alice/search?q={word}")).json
+        assert [message["content"].lower() for message in found] == [word]
+
+
+# --- What the model is sent ---
+
+
+async def test_the_turns_alternate(settings: Make, upstream: Upstream) -> None:
+    """PROTOCOL.md, What the model is sent: replies without visible text are left out, neighbours
+    of one role are joined by an empty line, the first and the last turn are the user's."""
+    upstream.scripts = [refuses, says(" \n\u200b"), says("seen"), says("end")]
+    async with Service(settings(system_prompt="Be kind.")) as service:
+        await conversation(service, "One", "Two", "Three", "Four")
+    assert upstream.prompts[-1] == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "One\n\nTwo\n\nThree"},
+        {"role": "assistant", "content": "seen"},
+        {"role": "user", "content": "Four"},
+    ]
+
+
+async def test_replies_before_the_first_user_message_are_dropped(
+    settings: Make, upstream: Upstream
+) -> None:
+    """The budget may end between a message and its reply: then the reply isn't sent either."""
+    upstream.scripts = [says("bb")]
+    async with Service(settings(max_context_chars=10)) as service:
+        await conversation(service, "aaaaaaaa", "cccc")
+    assert upstream.prompts[-1] == [{"role": "user", "content": "cccc"}]
+
+
+TOO_LONG = json.dumps({"error": {"message": "too long", "code": "context_length_exceeded"}})
+
+
+async def too_long(exchange: Exchange) -> None:
+    await exchange.problem("400 Bad Request", TOO_LONG)
+
+
+async def test_a_context_that_is_too_long_is_halved(service: Service, upstream: Upstream) -> None:
+    """A server that refuses the request as too long is asked again with half, and then the
+    reply is like any other; the message that is answered is always whole."""
+    chat_id, _ = await conversation(service, *(str(number) * 100 for number in range(6)))
+    upstream.scripts = [too_long, too_long, says("fine")]
+    reply = await post(service, chat_id, "last " * 30)
+    assert (reply["status"], reply["content"]) == ("complete", "fine")
+    sizes = [sum(len(turn["content"]) for turn in prompt) for prompt in upstream.prompts[-3:]]
+    assert sizes[1] <= sizes[0] / 2
+    assert sizes[2] <= sizes[0] / 4
+    for prompt in upstream.prompts[-3:]:
+        assert prompt[-1]["content"].endswith("last " * 30)
+        assert prompt[0]["role"] == "user"
+
+
+async def test_a_context_that_stays_too_long_fails(service: Service, upstream: Upstream) -> None:
+    """After three further requests the reply fails with `model_context`."""
+    chat_id, _ = await conversation(service, *(str(number) * 100 for number in range(9)))
+    asked = len(upstream.exchanges)
+    upstream.scripts = [too_long] * 9
+    reply = await post(service, chat_id)
+    assert (reply["status"], reply["finish_reason"]) == ("failed", "model_context")
+    assert 2 <= len(upstream.exchanges) - asked <= 4
+
+
+# --- A chat's model and instructions ---
+
+
+async def test_a_chat_has_a_model_and_instructions(settings: Make, upstream: Upstream) -> None:
+    """PROTOCOL.md, Chat and What the model is sent: the request names the chat's model; one
+    system message has SYSTEM_PROMPT and then the chat's instructions."""
+    async with Service(settings(system_prompt="Be kind.", models="small, large")) as service:
+        listed = await service.http("GET", "/api/models")
+        assert listed.status == 200
+        assert listed.json["default"] == "scripted"
+        assert set(listed.json["models"]) == {"scripted", "small", "large"}
+        body = {"user_id": "alice", "model": "large", "instructions": "In verse."}
+        chat = (await service.http("POST", "/api/chats", body)).json
+        assert (chat["model"], chat["instructions"]) == ("large", "In verse.")
+        await post(service, chat["id"])
+        plain = await service.new_chat()
+        await post(service, plain)
+        shown = (await service.http("GET", f"/api/chats/{plain}")).json
+        assert (shown["model"], shown["instructions"]) == (None, None)
+    first, second = upstream.exchanges
+    assert (first.body["model"], second.body["model"]) == ("large", "scripted")
+    roles = [turn["role"] for turn in upstream.prompts[0]]
+    assert roles == ["system", "user"]
+    system = upstream.prompts[0][0]["content"]
+    assert system.startswith("Be kind.")
+    assert system.endswith("In verse.")
+    assert upstream.prompts[1][0]["content"] == "Be kind."
+
+
+async def test_instructions_are_a_system_message_of_their_own(
+    service: Service, upstream: Upstream
+) -> None:
+    """Without SYSTEM_PROMPT the instructions stand alone; without either there is none."""
+    chat_id = await service.new_chat()
+    await service.http("PATCH", f"/api/chats/{chat_id}", {"instructions": "In verse."})
+    await post(service, chat_id)
+    await service.http("PATCH", f"/api/chats/{chat_id}", {"instructions": ""})
+    await post(service, chat_id)
+    assert upstream.prompts[0][0] == {"role": "system", "content": "In verse."}
+    assert [turn["role"] for turn in upstream.prompts[1]] == ["user", "assistant", "user"]
+
+
+async def test_patch_changes_what_it_names(settings: Make) -> None:
+    """PROTOCOL.md, PATCH: `null` or `""` takes model or instructions away; what is left out
+    stays; nothing at all is fine, too. Every change is told to every connection."""
+    async with Service(settings(models="large")) as service, service.connect() as client:
+        chat_id = await service.new_chat(title="T")
+        await client.until("chat")
+        state: dict[str, Any] = {"title": "T", "model": None, "instructions": None}
+        for change in (
+            {"model": "large"},
+            {"instructions": "In verse."},
+            {"title": "U"},
+            {"model": None},
+            {"model": "large", "instructions": None},
+            {"model": "", "instructions": "x" * 8000},
+            {"instructions": ""},
+            {"title": None, "later": 1, "model": "scripted"},
+        ):
+            answer = await service.http("PATCH", f"/api/chats/{chat_id}", change)
+            assert answer.status == 200, change
+            for name in state.keys() & change.keys():
+                if name != "title" or change[name]:
+                    state[name] = change[name] or None
+            assert answer.json == answer.json | state, change
+            assert await client.until("chat") == {"type": "chat", "chat": answer.json}
+        same = await service.http("PATCH", f"/api/chats/{chat_id}", {})
+        assert (same.status, same.json) == (200, answer.json)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"model": "unknown"}, "model"),
+        ({"model": 1}, "model"),
+        ({"model": ["large"]}, "model"),
+        ({"instructions": 1}, "instructions"),
+        ({"instructions": "x" * 8001}, "instructions"),
+        ({"title": "x" * 201, "model": None}, "title"),
+    ],
+)
+async def test_a_bad_model_or_instruction_names_its_field(
+    shared: Service, body: dict[str, Any], field: str
+) -> None:
+    """422, for a new chat as for a change; nothing is made or changed."""
+    chat_id = await shared.new_chat("models", "T")
+    before = shared.stored("SELECT * FROM chats WHERE user_id = 'models'")
+    for method, path, more in (
+        ("PATCH", f"/api/chats/{chat_id}", {}),
+        ("POST", "/api/chats", {"user_id": "models"}),
+        ("POST", "/api/users/models/chats", {}),
+    ):
+        answer = await shared.http(method, path, body | more)
+        assert (answer.status, answer.json["code"]) == (422, "invalid_frame"), (method, path)
+        assert field in answer.json["detail"]
+    assert shared.stored("SELECT * FROM chats WHERE user_id = 'models'") == before
+
+
+# --- Titles ---
+
+FAMILY = "👨\u200d👩\u200d👧"
+
+
+@pytest.mark.parametrize(
+    ("content", "title"),
+    [
+        ("\u200b\n \u2060 \nTides\nmore", "Tides"),
+        ("x" * 59 + "e\u0301" + "y", "x" * 59),
+        ("x" * 59 + "ye\u0301", "x" * 59 + "y"),
+        ("x" * 58 + FAMILY + "y", "x" * 58),
+        ("x" * 59 + "👍🏽", "x" * 59),
+        ("x" * 59 + "🇩🇪", "x" * 59),
+        ("x" * 58 + "🇩🇪🇫🇷", "x" * 58 + "🇩🇪"),
+    ],
+)
+async def test_a_title_is_the_first_line_that_shows_anything(
+    service: Service, content: str, title: str
+) -> None:
+    """PROTOCOL.md, Chat: 60 characters, none cut in half."""
+    async with service.connect() as client:
+        await client.say(content)
+        await client.reply()
+        assert client.frames[0]["chat"]["title"] == title
+
+
+# --- Ping and pong ---
+
+
+async def test_a_ping_is_answered_to_the_asker_alone(service: Service) -> None:
+    """PROTOCOL.md, `ping`: `pong` with the `id` as it was given; nobody else gets it."""
+    async with service.connect() as client, service.connect() as other:
+        await client.send("ping", id="p1")
+        pong = await client.get()
+        assert (pong["type"], pong["id"]) == ("pong", "p1")
+        for fields in ({}, {"id": None}):
+            await client.send("ping", **fields)
+            pong = await client.get()
+            assert pong["type"] == "pong"
+            assert pong.get("id") is None
+        for odd in (1, True, ["a"], "x" * 65):
+            await client.send("ping", id=odd)
+            refusal = await client.get()
+            assert (refusal["type"], refusal["code"]) == ("error", "invalid_frame")
+            assert "id" in refusal["message"]
+        await client.send("ping", id="x" * 64)
+        assert (await client.get())["id"] == "x" * 64
+        assert [frame["type"] for frame in await caught_up(other)] == ["error"]
+
+
+async def test_an_abort_that_names_both_needs_both_to_fit(
+    service: Service, upstream: Upstream
+) -> None:
+    """PROTOCOL.md, `abort`: with `task_id` and `chat_id` the task must be of that chat."""
+    upstream.scripts = [Held("half")]
+    other_chat = await service.new_chat()
+    async with service.connect() as client:
+        message = await client.say("Hi")
+        await client.until("token")
+        await client.send("abort", task_id=message["task_id"], chat_id=other_chat)
+        assert (await client.refusal())["code"] == "task_not_found"
+        await client.send("abort", task_id=message["task_id"], chat_id=message["chat_id"])
+        await client.until("aborted", task_id=message["task_id"])
+
+
+# --- The user in the path ---
+
+
+async def test_a_chat_is_made_under_its_user(service: Service) -> None:
+    """PROTOCOL.md, POST /api/users/{user_id}/chats: as POST /api/chats; told to connections."""
+    async with service.connect("zo%C3%AB") as client:
+        made = await service.http("POST", "/api/users/zo%C3%AB/chats", {"title": "Mine"})
+        assert (made.status, made.headers["Location"]) == (201, f"/api/chats/{made.json['id']}")
+        assert (made.json["user_id"], made.json["title"]) == ("zoë", "Mine")
+        assert await client.get() == {"type": "chat", "chat": made.json}
+    bare = await service.http("POST", "/api/users/42/chats")
+    assert (bare.status, bare.json["user_id"], bare.json["title"]) == (201, "42", "")
+
+
+@pytest.mark.parametrize("user", [".", ".."])
+async def test_a_user_is_no_dots(shared: Service, user: str) -> None:
+    """PROTOCOL.md: browsers and proxies take `.` and `..` out of paths; 422 and 4403."""
+    answer = await shared.http("POST", "/api/chats", {"user_id": user})
+    assert (answer.status, answer.json["code"]) == (422, "invalid_frame")
+    assert "user_id" in answer.json["detail"]
+    head = f"GET /ws/{user} HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    key = base64.b64encode(b"0123456789abcdef").decode()
+    host = shared.address.removeprefix("http://")
+    head += f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\nHost: {host}\r\n\r\n"
+    name, _, port = host.rpartition(":")
+    reader, writer = await asyncio.open_connection(name, int(port))
+    async with asyncio.timeout(LIMIT):
+        writer.write(head.encode())
+        assert b" 101 " in await reader.readline()
+        await reader.readuntil(b"\r\n\r\n")
+        frame = await reader.readexactly(4)
+    writer.close()
+    assert (frame[0], int.from_bytes(frame[2:4])) == (0x88, 4403), "a close frame"
+
+
+# --- Events for a user ---
+
+
+class Events:
+    """An event stream of a user. `get` returns its next frame, held to the schema."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+        self.comments: list[str] = []
+        self.retry = ""
+        self.frames: list[dict[str, Any]] = []
+
+    async def block(self) -> list[str]:
+        """Return the lines up to the next empty one; none at the end of the stream."""
+        lines: list[str] = []
+        async with asyncio.timeout(LIMIT):
+            while line := await self.response.content.readline():
+                text = line.decode().rstrip("\r\n")
+                if not text and lines:
+                    break
+                lines += [text] if text else []
+        return lines
+
+    async def get(self) -> dict[str, Any] | None:
+        """Return the next frame, or None where the stream has ended."""
+        while lines := await self.block():
+            kind = ""
+            data = ""
+            for line in lines:
+                name, _, value = line.partition(":")
+                value = value.removeprefix(" ")
+                if not name:
+                    self.comments.append(value)
+                elif name == "event":
+                    kind = value
+                elif name == "data":
+                    data += value
+                else:
+                    assert name == "retry", line
+                    self.retry = value
+            if data:
+                frame: dict[str, Any] = json.loads(data)
+                assert frame["type"] == kind
+                frame_conforms(frame)
+                self.frames.append(frame)
+                return frame
+        return None
+
+    async def until(self, kind: str) -> dict[str, Any]:
+        while frame := await self.get():
+            if frame["type"] == kind:
+                return frame
+        pytest.fail(f"the stream ended without {kind}")
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    service: Peer, user: str = "alice", query: str = "", **headers: str
+) -> AsyncIterator[Events]:
+    """Open a user's event stream."""
+    timeout = aiohttp.ClientTimeout(None, sock_read=LIMIT)
+    path = f"/api/users/{user}/events{query}"
+    async with (
+        aiohttp.ClientSession(timeout=timeout) as session,
+        session.get(service.address + path, headers=headers) as response,
+    ):
+        assert response.status == 200, await response.text()
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        yield Events(response)
+
+
+async def test_events_are_what_a_socket_gets(service: Service, upstream: Upstream) -> None:
+    """PROTOCOL.md, GET /api/users/{user_id}/events: the frames of a WebSocket, `sync` at the
+    start included; it counts as a connection."""
+    upstream.scripts = [held := Held("half ", rest=("whole",))]
+    async with service.connect() as client:
+        message = await client.say("Hi")
+        await client.until("token")
+        async with service.connect() as late, listening(service) as events:
+            assert await events.get() == await late.get()
+            assert events.frames[0]["type"] == "sync"
+            assert events.frames[0]["content"] == "half "
+            assert (await service.http("GET", "/health")).json["connections"] == 3
+            held.go.set()
+            ended = await events.until("message")
+            assert ended["message"] == await late.reply()
+            tokens = [frame["token"] for frame in events.frames if frame["type"] == "token"]
+            assert "".join(tokens) == "whole"
+            await service.http("PATCH", f"/api/chats/{message['chat_id']}", {"title": "New"})
+            assert await events.until("chat") == await late.until("chat")
+            await service.http("DELETE", f"/api/chats/{message['chat_id']}")
+            assert await events.until("chat_deleted") == await late.until("chat_deleted")
+
+    async def nobody() -> bool:
+        return bool((await service.http("GET", "/health")).json["connections"] == 0)
+
+    await until(nobody)
+
+
+async def test_events_of_one_chat(service: Service, upstream: Upstream) -> None:
+    """`?chat_id=` keeps to that chat, from the `sync` on; another user's, a missing one is 404,
+    what is no id is 422."""
+    upstream.scripts = [Held("other"), Held("mine")]
+    foreign = await service.new_chat("bob")
+    async with service.connect() as client:
+        other = await client.say("Other")
+        mine = await client.say("Mine")
+        seen: set[str] = set()
+        while len(seen) < 2:
+            seen.add((await client.until("token"))["task_id"])
+        async with listening(service, query=f"?chat_id={mine['chat_id']}") as events:
+            sync = await events.get()
+            assert sync is not None
+            assert (sync["type"], sync["task_id"]) == ("sync", mine["task_id"])
+            for task_id in (other["task_id"], mine["task_id"]):
+                await client.send("abort", task_id=task_id)
+                await client.until("aborted", task_id=task_id)
+            assert (await events.until("aborted"))["task_id"] == mine["task_id"]
+            chats = {f.get("chat_id") or f["message"]["chat_id"] for f in events.frames}
+            assert chats == {mine["chat_id"]}
+    path = "/api/users/alice/events?chat_id="
+    for chat_id in (foreign, 999_999):
+        answer = await service.http("GET", f"{path}{chat_id}")
+        assert (answer.status, answer.json["code"]) == (404, "chat_not_found")
+    for odd in ("0", "x", "1.0", ""):
+        answer = await service.http("GET", path + odd)
+        assert answer.status == 422
+        assert "chat_id" in answer.json["detail"]
+
+
+@pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_user"])
+async def test_events_count_as_a_connection(settings: Make, limit: str) -> None:
+    """Over the limits it is 503, and a WebSocket 1013 where streams have taken the places."""
+    async with Service(settings(**{limit: 1})) as service, listening(service) as events:
+        answer = await service.http("GET", "/api/users/alice/events")
+        assert (answer.status, answer.json["code"]) == (503, "overloaded")
+        assert int(answer.headers["Retry-After"]) >= 1
+        async with service.connect() as client:
+            assert await client.closed() == 1013
+        await service.new_chat()
+        assert (await events.until("chat"))["type"] == "chat"
+
+
+async def test_events_end_with_the_token(settings: Make) -> None:
+    """PROTOCOL.md: the stream ends with its token, and needs one; another's path is 403."""
+    async with Service(settings(jwt_secret=SECRET)) as service:
+        bare = await service.http("GET", "/api/users/alice/events")
+        assert bare.status == 401
+        foreign = await service.http("GET", "/api/users/alice/events", headers=bearer("bob"))
+        assert foreign.status == 403
+        expires = int(time.time()) + 3 - 30  # 30 s of clock skew are allowed
+        signed = {"Authorization": f"Bearer {token(exp=expires)}"}
+        async with listening(service, **signed) as events:
+            assert await events.get() is None
+
+
+async def test_events_end_with_the_service(service: Service, upstream: Upstream) -> None:
+    """After the last endings: what still runs is told as `interrupted`, then the stream ends."""
+    upstream.scripts = [Held("half")]
+    async with service.connect() as client, listening(service) as events:
+        message = await client.say("Hi")
+        await client.until("token")
+        stopping = asyncio.create_task(service.stop())
+        error = await events.until("error")
+        assert (error["code"], error["task_id"]) == ("interrupted", message["task_id"])
+        assert await events.get() is None
+        await stopping
+
+
+async def test_a_silent_event_stream_has_comments(service: Service) -> None:
+    """A comment after 15 s of silence tells proxies, and the reader, that it is alive."""
+    async with listening(service) as events:
+        async with asyncio.timeout(LIMIT + 15):
+            line = b""
+            while not line.startswith(b":"):
+                line = await events.response.content.readline()
+                assert line, "the stream has ended"
+
+
+async def test_a_stream_of_a_task_is_not_to_be_reconnected(service: Service) -> None:
+    """PROTOCOL.md, POST messages: a browser's EventSource that reconnected would send again, so
+    the stream of one task begins with `retry: 2147483647`."""
+    path = f"/api/chats/{await service.new_chat()}/messages"
+    answer = await service.http("POST", path, {"content": "Hi"}, headers=STREAM)
+    assert answer.body.startswith(b"retry: 2147483647\n")
+    assert answer.body.rstrip().rpartition(b"event: ")[2].startswith(b"message\n")
+
+
+# --- Export and erasure ---
+
+
+async def test_a_user_can_take_everything_along(settings: Make, upstream: Upstream) -> None:
+    """PROTOCOL.md, export: a line of JSON for each chat, as GET of the chat, with all of its
+    messages; nothing of other users."""
+    upstream.scripts = [says("a\nb"), refuses]
+    async with Service(settings(messages_per_minute=0)) as service:
+        chats = [await service.new_chat() for _ in range(3)]
+        for chat_id in chats[:2]:
+            await post(service, chat_id)
+        for number in range(60):
+            await post(service, chats[0], f"message {number}")
+        await post(service, await service.new_chat("bob"), "secret of Bob")
+        answer = await service.http("GET", "/api/users/alice/export")
+        assert answer.status == 200
+        assert answer.headers["Content-Type"].startswith("application/x-ndjson")
+        exported = {chat["id"]: chat for chat in map(json.loads, answer.body.splitlines())}
+        assert exported.keys() == set(chats)
+        for chat_id in chats:
+            shown = (await service.http("GET", f"/api/chats/{chat_id}?limit=1000")).json
+            assert exported[chat_id]["messages"] == shown["messages"]
+            assert exported[chat_id]["title"] == shown["title"]
+        assert b"Bob" not in answer.body
+        empty = await service.http("GET", "/api/users/nobody/export")
+        assert (empty.status, empty.body) == (200, b"")
+
+
+async def test_a_user_can_be_erased(service: Service, upstream: Upstream) -> None:
+    """PROTOCOL.md, DELETE of a user: as DELETE for each chat, and the `client_msg_id`s are
+    forgotten; nobody else loses anything; a second time is fine, too."""
+    upstream.scripts = [says("done"), Held("half")]
+    quiet = await service.new_chat()
+    await post(service, quiet, "Findme", client_msg_id="m1")
+    kept = await service.new_chat("bob")
+    async with service.connect() as client:
+        message = await client.say("Running")
+        await client.until("token")
+        assert (await service.http("DELETE", "/api/users/alice")).status == 204
+        gone = {(await client.until("chat_deleted"))["chat_id"] for _ in range(2)}
+        assert gone == {quiet, message["chat_id"]}
+        assert story(client, message["task_id"]) == ["user", "token", "reply", "aborted"]
+        assert (await service.http("GET", "/api/users/alice/chats")).json == []
+        assert (await service.http("GET", "/api/users/alice/search?q=findme")).json == []
+        assert (await service.http("GET", "/api/users/alice/export")).body == b""
+        again = await client.say("Anew", client_msg_id="m1")
+        assert again["id"] > message["id"]
+    assert (await service.http("GET", f"/api/chats/{kept}")).status == 200
+    assert (await service.http("DELETE", "/api/users/nobody")).status == 204
+
+
+async def test_only_oneself_can_be_exported_or_erased(settings: Make) -> None:
+    """Another user's path is 403; without a token it is 401."""
+    async with Service(settings(jwt_secret=SECRET)) as service:
+        await service.http("POST", "/api/chats", {}, headers=bearer("alice"))
+        for method, path in (
+            ("GET", "/api/users/alice/export"),
+            ("DELETE", "/api/users/alice"),
+            ("POST", "/api/users/alice/chats"),
+        ):
+            assert (await service.http(method, path)).status == 401
+            answer = await service.http(method, path, headers=bearer("bob"))
+            assert (answer.status, answer.json["code"]) == (403, "forbidden")
+        assert (await service.http("GET", "/api/models")).status == 401
+        assert service.stored("SELECT count(*) FROM chats") == [(1,)]
+
+
+# --- Keys of an identity provider ---
+
+Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
+
+def new_key(method: str) -> Key:
+    if method == "RS256":
+        return rsa.generate_private_key(65_537, 2048)
+    if method == "ES256":
+        return ec.generate_private_key(ec.SECP256R1())
+    return ed25519.Ed25519PrivateKey.generate()
+
+
+class Provider:
+    """An identity provider: its keys are served on a real socket, and can be changed."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, tuple[str, Key]] = {}
+        self.fetched = 0
+        self.hangs = False
+        self.asked = asyncio.Event()
+        self.url = ""
+        self._server: asyncio.Server
+
+    def rotate(self, kid: str, method: str) -> None:
+        """Leave one key, a new one."""
+        self.keys = {kid: (method, new_key(method))}
+
+    def token(self, kid: str, user: Any = "alice", **claims: Any) -> str:
+        method, key = self.keys[kid]
+        now = int(time.time())
+        body = {"sub": user, "exp": now + 60} | claims
+        return jwt.encode(body, key, method, headers={"kid": kid})
+
+    def headers(self, kid: str, user: Any = "alice", **claims: Any) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token(kid, user, **claims)}"}
+
+    def document(self) -> bytes:
+        makers: dict[str, Callable[[Any], Any]] = {
+            "RS256": jwt.algorithms.RSAAlgorithm.to_jwk,
+            "ES256": jwt.algorithms.ECAlgorithm.to_jwk,
+            "EdDSA": jwt.algorithms.OKPAlgorithm.to_jwk,
+        }
+        keys = []
+        for kid, (method, key) in self.keys.items():
+            public: Any = key.public_key()
+            keys.append(json.loads(makers[method](public)) | {"kid": kid, "use": "sig"})
+        return json.dumps({"keys": keys}).encode()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            self.fetched += 1
+            self.asked.set()
+            if self.hangs:
+                await reader.read()
+            body = self.document()
+            head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            await writer.drain()
+        writer.close()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        host, port = self._server.sockets[0].getsockname()
+        self.url = f"http://{host}:{port}/jwks"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+
+@pytest.mark.parametrize("method", ["RS256", "ES256", "EdDSA"])
+async def test_tokens_of_an_identity_provider_are_taken(
+    settings: Make, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PROTOCOL.md, JWT_JWKS_URL: fetched when needed, kept, fetched anew for an unknown `kid`;
+    what no key of it has signed is 401 and 4401."""
+    monkeypatch.setattr(chat_app, "KEYS_PAUSE_SECONDS", 0.0)  # or it rotates too soon
+    async with Provider() as provider:
+        provider.rotate("one", method)
+        async with Service(settings(jwt_jwks_url=provider.url)) as service:
+            for _ in range(3):
+                answer = await service.http(
+                    "GET", "/api/users/alice/chats", headers=provider.headers("one")
+                )
+                assert answer.status == 200
+            assert provider.fetched == 1, "kept"
+            provider.rotate("two", method)
+            headers = provider.headers("two")
+            async with service.connect(additional_headers=headers) as client:
+                await caught_up(client)
+            assert provider.fetched == 2, "anew for an unknown kid"
+            stranger = Provider()
+            stranger.rotate("two", method)
+            for bad in (stranger.token("two"), token(), token(key="", method="none")):
+                headers = {"Authorization": f"Bearer {bad}"}
+                answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+                assert answer.status == 401
+                async with service.connect(additional_headers=headers) as client:
+                    assert await client.closed() == 4401
+
+
+async def test_a_secret_and_a_provider_go_together(settings: Make) -> None:
+    """HS256 by the secret stays good beside JWT_JWKS_URL; a public key is no secret."""
+    async with Provider() as provider:
+        provider.rotate("one", "RS256")
+        both = settings(jwt_secret=SECRET, jwt_jwks_url=provider.url)
+        async with Service(both) as service:
+            for headers in (bearer("alice"), provider.headers("one")):
+                answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+                assert answer.status == 200
+
+
+async def test_a_provider_that_hangs_holds_up_nobody_else(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PROTOCOL.md: the keys are never awaited by others. Who has a known key, and /health, are
+    answered while an unknown `kid` waits for a provider that never answers."""
+    monkeypatch.setattr(chat_app, "KEYS_PAUSE_SECONDS", 0.0)  # or it rotates too soon
+    monkeypatch.setattr(chat_app, "KEYS_TIMEOUT_SECONDS", LIMIT)
+    async with Provider() as provider:
+        provider.rotate("one", "ES256")
+        known = provider.headers("one", exp=int(time.time()) + 600)
+        async with Service(settings(jwt_jwks_url=provider.url)) as service:
+            path = "/api/users/alice/chats"
+            assert (await service.http("GET", path, headers=known)).status == 200
+            provider.rotate("two", "ES256")
+            provider.hangs = True
+            provider.asked.clear()
+            unknown = provider.headers("two")
+            waiting = asyncio.create_task(service.http("GET", path, headers=unknown))
+            async with asyncio.timeout(LIMIT):
+                await provider.asked.wait()
+            assert (await service.http("GET", path, headers=known)).status == 200
+            assert (await service.http("GET", "/health")).status == 200
+            assert not waiting.done()
+            waiting.cancel()
+            await asyncio.wait([waiting])
+
+
+@pytest.mark.parametrize(
+    ("audience", "claims", "status"),
+    [
+        (None, {"aud": "chat"}, 401),
+        (None, {"aud": ["chat"]}, 401),
+        ("chat", {"aud": "chat"}, 200),
+        ("chat", {"aud": ["other", "chat"]}, 200),
+        ("chat", {"aud": "other"}, 401),
+        ("chat", {}, 401),
+        (None, {"iat": 1}, 200),
+        (None, {"iat": 10**10}, 401),
+    ],
+)
+async def test_a_token_is_for_this_service(
+    settings: Make, audience: str | None, claims: dict[str, Any], status: int
+) -> None:
+    """PROTOCOL.md, JWT_AUDIENCE: what `aud` must hold; without it one with `aud` is refused."""
+    changes = {"jwt_audience": audience} if audience else {}
+    async with Service(settings(jwt_secret=SECRET, **changes)) as service:
+        headers = {"Authorization": f"Bearer {token(**claims)}"}
+        answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+        assert answer.status == status
+
+
+@pytest.mark.parametrize(
+    ("shift", "status"),
+    [
+        ({"iat": 1}, 200),
+        ({"iat": 20}, 200),
+        ({"nbf": 20}, 200),
+        ({"exp": -15}, 200),
+        ({"exp": -45}, 401),
+        ({"nbf": 90}, 401),
+    ],
+)
+async def test_clocks_may_differ_by_30_seconds(
+    settings: Make, shift: dict[str, Any], status: int
+) -> None:
+    """PROTOCOL.md: 30 s of clock skew allowed, in both directions."""
+    async with Service(settings(jwt_secret=SECRET)) as service:
+        claims = {name: int(time.time()) + seconds for name, seconds in shift.items()}
+        headers = {"Authorization": f"Bearer {token(**claims)}"}
+        answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+        assert answer.status == status
+
+
+async def test_the_subject_may_be_an_integer(settings: Make) -> None:
+    """PROTOCOL.md: `sub` is a string or an integer; a bool or a float is neither."""
+    async with Service(settings(jwt_secret=SECRET)) as service:
+        for subject, status in ((42, 200), ("42", 200), (True, 401), (4.2, 401), (["42"], 401)):
+            encoded = jwt.api_jws.encode(
+                json.dumps({"sub": subject, "exp": int(time.time()) + 60}).encode(), SECRET, "HS256"
+            )
+            headers = {"Authorization": f"Bearer {encoded}"}
+            answer = await service.http("GET", "/api/users/42/chats", headers=headers)
+            assert answer.status == status, subject
+
+
+# --- Hosts and origins ---
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "admitted"),
+    [
+        ("", "evil.example", False),
+        ("", "evil.example:8005", False),
+        ("", "localhost.evil.example", False),
+        ("", "127.0.0.1.evil.example", False),
+        ("", "localhost:8005", True),
+        ("", "192.168.1.7", True),
+        ("", "[::1]:8005", True),
+        ("", "chat", True),
+        ("chat.example, b.example", "b.example:8005", True),
+        ("chat.example", "CHAT.example", True),
+        ("chat.example", "a.chat.example", False),
+        ("*", "evil.example", True),
+    ],
+)
+async def test_a_host_of_somebody_elses_dns_is_refused(
+    settings: Make, allowed: str, host: str, admitted: bool
+) -> None:
+    """PROTOCOL.md, Host: without tokens only IP addresses, `localhost`, names without a dot and
+    ALLOWED_HOSTS are answered: 403 and 4403 for others."""
+    async with Service(settings(allowed_hosts=allowed)) as service:
+        headers = {"Host": host}
+        answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+        assert answer.status == (200 if admitted else 403)
+        if not admitted:
+            assert answer.json["code"] == "forbidden"
+    async with Service(settings(allowed_hosts=allowed, jwt_secret=SECRET)) as service:
+        headers = {"Host": host} | bearer("alice")
+        answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+        assert answer.status == 200, "with tokens the host doesn't matter"
+
+
+async def handshake(service: Peer, host: str, origin: str = "") -> int:
+    """Open a WebSocket by hand, for a Host of one's own; return the close code, 0 if it stays."""
+    lines = ["GET /ws/alice HTTP/1.1", "Upgrade: websocket", "Connection: Upgrade"]
+    lines += [f"Sec-WebSocket-Key: {base64.b64encode(bytes(16)).decode()}"]
+    lines += ["Sec-WebSocket-Version: 13", f"Host: {host}"]
+    lines += [f"Origin: {origin}"] if origin else []
+    name, _, port = service.address.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(name, int(port))
+    ping = b'{"action": "x"}'  # is answered by a frame where the connection stays
+    masked = bytes([0x81, 0x80 | len(ping)]) + bytes(4) + ping
+    async with asyncio.timeout(LIMIT):
+        writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+        assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+        writer.write(masked)
+        first = await reader.readexactly(4)
+    writer.close()
+    return int.from_bytes(first[2:4]) if first[0] == 0x88 else 0
+
+
+async def test_a_socket_for_a_foreign_host_is_closed_with_4403(service: Service) -> None:
+    """PROTOCOL.md, Host: 4403 on the WebSocket."""
+    assert await handshake(service, "evil.example") == 4403
+    assert await handshake(service, "localhost:8005") == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "admitted"),
+    [
+        ("example.com:443", "https://example.com", True),
+        ("example.com", "https://example.com:443", True),
+        ("example.com:80", "http://example.com", True),
+        ("EXAMPLE.com", "https://example.COM", True),
+        ("example.com:8443", "https://example.com", False),
+        ("example.com", "https://example.com.evil.example", False),
+    ],
+)
+async def test_an_own_origin_may_leave_its_port_out(
+    settings: Make, host: str, origin: str, admitted: bool
+) -> None:
+    """PROTOCOL.md, Origin: the service's own host, ports 80 and 443 left out or not."""
+    async with Service(settings(allowed_hosts="*")) as service:
+        headers = {"Host": host, "Origin": origin}
+        answer = await service.http("POST", "/api/users/alice/chats", {}, headers=headers)
+        assert answer.status == (201 if admitted else 403)
+        assert await handshake(service, host, origin) == (0 if admitted else 4403)
+
+
+async def test_a_listed_origin_is_found_whatever_its_capitals(settings: Make) -> None:
+    """Capitals and default ports in ALLOWED_ORIGINS don't matter; the listed one gets CORS."""
+    async with Service(settings(allowed_origins="HTTPS://Chat.Example:443")) as service:
+        headers = {"Origin": "https://chat.example"}
+        answer = await service.http("POST", "/api/chats", {"user_id": 7}, headers=headers)
+        assert (answer.status, answer.json["user_id"]) == (201, "7")
+        assert answer.headers["Access-Control-Allow-Origin"] == "https://chat.example"
+
+
+@pytest.mark.parametrize("odd", ["https://*.example.com", "https://a*", "https://a.example,*b"])
+async def test_a_star_inside_an_origin_stops_the_start(tmp_path: Path, odd: str) -> None:
+    """PROTOCOL.md, Origin: it would never match; one sentence names the variable."""
+    refused = await Process(tmp_path, ALLOWED_ORIGINS=odd).start()
+    try:
+        status, out, err = await refused.ended()
+    finally:
+        await refused.__aexit__()  # where it has not ended
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("chat_app: ALLOWED_ORIGINS")
+
+
+# --- A file of version 1.0.0, and other things of the file ---
+
+# schema.sql as it was, but for three line breaks
+OLD_SCHEMA = """
+-- The whole database. chat_app.py runs this file once, on an empty database, in one transaction.
+-- Ids are never used twice (AUTOINCREMENT): a link to a deleted chat can't open somebody else's.
+-- Timestamps are text as on the wire (PROTOCOL.md): they sort as they read.
+
+CREATE TABLE chats (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id    TEXT NOT NULL,
+    title      TEXT NOT NULL DEFAULT '',
+    created_at TEXT NOT NULL,
+    updated_at TEXT NOT NULL
+) STRICT;
+
+-- A user's chats, newest activity first.
+CREATE INDEX chats_by_activity ON chats (user_id, updated_at, id);
+
+-- A message and its reply are inserted together, the reply right after it: ids are in
+-- conversation order.
+CREATE TABLE messages (
+    id                INTEGER PRIMARY KEY AUTOINCREMENT,
+    chat_id           INTEGER NOT NULL
+                      REFERENCES chats (id) ON DELETE CASCADE,
+    user_id           TEXT NOT NULL,  -- the chat's owner: tasks and searches are theirs alone
+    content           TEXT NOT NULL,
+    is_ai             INTEGER NOT NULL CHECK (is_ai IN (0, 1)),
+    timestamp         TEXT NOT NULL,
+    status            TEXT NOT NULL
+                      CHECK (status IN
+                      ('complete', 'streaming', 'aborted', 'failed', 'interrupted')),
+    task_id           TEXT NOT NULL CHECK (length(task_id) = 36),
+    reply_to          INTEGER REFERENCES messages (id) ON DELETE CASCADE,
+    finish_reason     TEXT,
+    client_msg_id     TEXT,
+    model             TEXT,
+    prompt_tokens     INTEGER,
+    completion_tokens INTEGER,
+    CHECK (is_ai = (reply_to IS NOT NULL)),
+    CHECK (is_ai OR status = 'complete'),
+    CHECK (client_msg_id IS NULL OR NOT is_ai)
+) STRICT;
+
+CREATE INDEX messages_by_chat ON messages (chat_id, id);
+CREATE UNIQUE INDEX replies_by_task ON messages (task_id) WHERE is_ai;
+CREATE INDEX replies_by_message ON messages (reply_to) WHERE reply_to IS NOT NULL;
+-- What runs or waits: a few rows at any time. Admission counts them, recovery ends them.
+CREATE INDEX streaming ON messages (status, chat_id) WHERE status = 'streaming';
+
+-- Promise 9: what was sent under a client_msg_id. It outlives the message, so that a retry
+-- after the chat was deleted is not billed a second time.
+CREATE TABLE sends (
+    user_id       TEXT NOT NULL,
+    client_msg_id TEXT NOT NULL,
+    message_id    INTEGER NOT NULL,
+    PRIMARY KEY (user_id, client_msg_id)
+) STRICT, WITHOUT ROWID;
+
+-- Full-text search. The index holds no text of its own; the owner is one token, so that a
+-- search never walks through other users' hits. Only finished text is in it.
+CREATE VIEW searchable AS
+    SELECT id, content, 'u' || hex(user_id) AS owner FROM messages;
+
+CREATE VIRTUAL TABLE search USING fts5 (
+    content, owner, content = 'searchable', content_rowid = 'id',
+    tokenize = 'unicode61 remove_diacritics 2'
+);
+
+CREATE TRIGGER message_sent AFTER INSERT ON messages WHEN new.status <> 'streaming' BEGIN
+    INSERT INTO search (rowid, content, owner)
+    VALUES (new.id, new.content, 'u' || hex(new.user_id));
+END;
+
+CREATE TRIGGER reply_settled AFTER UPDATE OF status ON messages
+WHEN old.status = 'streaming' AND new.status <> 'streaming' BEGIN
+    INSERT INTO search (rowid, content, owner)
+    VALUES (new.id, new.content, 'u' || hex(new.user_id));
+END;
+
+CREATE TRIGGER message_deleted AFTER DELETE ON messages WHEN old.status <> 'streaming' BEGIN
+    INSERT INTO search (search, rowid, content, owner)
+    VALUES ('delete', old.id, old.content, 'u' || hex(old.user_id));
+END;
+
+PRAGMA user_version = 1;
+"""
+OLD_ROWS = """
+INSERT INTO chats VALUES
+    (1, 'alice', 'Old', '2026-01-01T00:00:00.000Z', '2026-01-02T00:00:00.000Z'),
+    (2, 'bob', '', '2026-01-01T00:00:00.000Z', '2026-01-01T00:00:00.000Z');
+INSERT INTO messages VALUES
+    (1, 1, 'alice', 'One', 0, '2026-01-01T00:00:01.000Z', 'complete',
+     '00000000-0000-4000-8000-000000000001', NULL, NULL, 'm1', NULL, NULL, NULL),
+    (2, 1, 'alice', 'Answer', 1, '2026-01-01T00:00:01.000Z', 'complete',
+     '00000000-0000-4000-8000-000000000001', 1, 'stop', NULL, 'gpt', 7, 3),
+    (3, 1, 'alice', 'Two', 0, '2026-01-01T00:00:02.000Z', 'complete',
+     '00000000-0000-4000-8000-000000000002', NULL, NULL, NULL, NULL, NULL, NULL),
+    (4, 1, 'alice', 'Stopp', 1, '2026-01-01T00:00:02.000Z', 'aborted',
+     '00000000-0000-4000-8000-000000000002', 3, NULL, NULL, 'gpt', NULL, NULL),
+    (5, 1, 'alice', 'Three', 0, '2026-01-01T00:00:03.000Z', 'complete',
+     '00000000-0000-4000-8000-000000000003', NULL, NULL, NULL, NULL, NULL, NULL),
+    (6, 1, 'alice', '', 1, '2026-01-01T00:00:03.000Z', 'failed',
+     '00000000-0000-4000-8000-000000000003', 5, 'model_error', NULL, NULL, NULL, NULL),
+    (7, 1, 'alice', 'Four', 0, '2026-01-01T00:00:04.000Z', 'complete',
+     '00000000-0000-4000-8000-000000000004', NULL, NULL, NULL, NULL, NULL, NULL),
+    (8, 1, 'alice', 'Cut', 1, '2026-01-01T00:00:04.000Z', 'interrupted',
+     '00000000-0000-4000-8000-000000000004', 7, NULL, NULL, 'gpt', NULL, NULL),
+    (9, 1, 'alice', 'Five', 0, '2026-01-01T00:00:05.000Z', 'complete',
+     '00000000-0000-4000-8000-000000000005', NULL, NULL, NULL, NULL, NULL, NULL),
+    (10, 1, 'alice', 'Half', 1, '2026-01-01T00:00:05.000Z', 'streaming',
+     '00000000-0000-4000-8000-000000000005', 9, NULL, NULL, 'gpt', NULL, NULL);
+INSERT INTO sends VALUES ('alice', 'm1', 1);
+"""
+
+
+async def test_a_file_of_version_1_0_0_opens_with_everything(
+    settings: Make, tmp_path: Path, upstream: Upstream
+) -> None:
+    """Issue 14: all chats and messages are there, with the new fields null; what it left
+    streaming is `interrupted`; search, retries and the conversation go on."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "chat.db")) as old:
+        old.executescript(OLD_SCHEMA + OLD_ROWS)
+    async with Service(settings()) as service:
+        chat = (await service.http("GET", "/api/chats/1")).json
+        assert (chat["title"], chat["model"], chat["instructions"]) == ("Old", None, None)
+        shown = [(m["content"], m["status"], m["reasoning"]) for m in chat["messages"][1::2]]
+        assert shown == [
+            ("Answer", "complete", None),
+            ("Stopp", "aborted", None),
+            ("", "failed", None),
+            ("Cut", "interrupted", None),
+            ("Half", "interrupted", None),
+        ]
+        assert [m["replaces"] for m in chat["messages"]] == [None] * 10
+        assert chat["messages"][1]["prompt_tokens"] == 7
+        for word in ("answer", "stopp", "half"):
+            found = (await service.http("GET", f"/api/users/alice/search?q={word}")).json
+            assert len(found) == 1, word
+        async with service.connect() as client:
+            echo = await client.say("One", chat_id=1, client_msg_id="m1")
+            assert echo["id"] == 1
+        await post(service, 1, "Zwei", replaces=3)
+        assert last_prompt(upstream) == ["One", "Answer", "Zwei"]
+        listed = (await service.http("GET", "/api/users/bob/chats")).json
+        assert [c["id"] for c in listed] == [2]
+
+
+async def test_a_chats_activity_never_goes_back(service: Service) -> None:
+    """PROTOCOL.md, Chat.updated_at: it moves, but never back, whatever the clock does."""
+    chat_id = await service.new_chat()
+    ahead = "2999-01-01T00:00:00.000Z"
+    with contextlib.closing(sqlite3.connect(service.database)) as db, db:
+        db.execute("UPDATE chats SET updated_at = ?", (ahead,))
+    await post(service, chat_id)
+    changed = await service.http("PATCH", f"/api/chats/{chat_id}", {"title": "New"})
+    assert changed.json["updated_at"] >= ahead
+
+
+async def test_a_page_of_history_is_bounded(settings: Make, upstream: Upstream) -> None:
+    """PROTOCOL.md, GET of a chat: fewer messages where they would be over 2 million characters,
+    one at least; `before` finds the rest."""
+    upstream.scripts = [says("x" * 900_000)] * 3 + [says("y" * 2_100_000)]
+    async with Service(settings(max_reply_chars=3_000_000)) as service:
+        chat_id, _ = await conversation(service, "One", "Two", "Three", "Four")
+        ids: list[int] = []
+        query = ""
+        more = True
+        while more:
+            page = (await service.http("GET", f"/api/chats/{chat_id}?limit=1000{query}")).json
+            sizes = [len(m["content"]) for m in page["messages"]]
+            assert sum(sizes) <= 2_000_000 or len(sizes) == 1
+            ids = [m["id"] for m in page["messages"]] + ids
+            query = f"&before={ids[0]}"
+            more = page["has_more"]
+        assert ids == list(range(ids[0], ids[0] + 8))
+
+
+# --- The command line ---
+
+
+async def test_the_command_line_helps(tmp_path: Path) -> None:
+    """`--help` and `--version` are answers, on standard output with status 0."""
+    for argument, told in (("--help", "backup"), ("--version", "1.")):
+        process = await Process(tmp_path).start(argument)
+        status, out, err = await process.ended()
+        assert (status, err) == (0, "")
+        assert told in out
+    assert not process.database.exists(), "nothing is made"
+
+
+async def test_a_backup_is_made_while_the_service_runs(
+    process: Callable[..., Process], tmp_path: Path
+) -> None:
+    """`backup FILE` is SQLite's own backup: a whole file, of what was committed; a service
+    opens it."""
+    async with process() as running:
+        chat_id = await running.new_chat(title="Kept")
+        await post(running, chat_id)
+        copy = tmp_path / "copy" / "chat.db"
+        copy.parent.mkdir()
+        status, _, err = await (await process().start("backup", str(copy))).ended()
+        assert (status, err) == (0, "")
+        await post(running, chat_id, "Still here")
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert db.execute("SELECT title FROM chats").fetchall() == [("Kept",)]
+        assert db.execute("SELECT count(*) FROM messages").fetchone() == (2,)
+
+
+# --- A client of the starred rows ---
+
+
+async def test_a_client_of_the_starred_rows_works_beside_the_new_ones(
+    service: Service, upstream: Upstream
+) -> None:
+    """PROTOCOL.md: it ignores what it doesn't know, and what it knows means what it meant: its
+    tokens joined are the text, also where the model thinks aloud."""
+    thinking = Thinking("Hm", "m", text=("4", "2"))
+    thinking.go.set()
+    upstream.scripts = [thinking]
+    chat = await service.http("POST", "/api/chats", {"user_id": "alice", "title": "T"})
+    async with service.connect() as client:
+        await client.send("send_message", chat_id=chat.json["id"], content="Hi")
+        reply = await client.reply()
+        tokens = [frame["token"] for frame in client.frames if frame["type"] == "token"]
+        assert "".join(tokens) == reply["content"] == "42"
+    shown = (await service.http("GET", f"/api/chats/{chat.json['id']}")).json["messages"]
+    assert [(m["content"], m["is_ai"]) for m in shown] == [("Hi", False), ("42", True)]
+
+
+# --- Files of version 1.0.0 ---
+
+SCHEMA_1_0_0 = """
+CREATE TABLE chats (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id    TEXT NOT NULL,
+    title      TEXT NOT NULL DEFAULT '',
+    created_at TEXT NOT NULL,
+    updated_at TEXT NOT NULL
+) STRICT;
+CREATE INDEX chats_by_activity ON chats (user_id, updated_at, id);
+CREATE TABLE messages (
+    id                INTEGER PRIMARY KEY AUTOINCREMENT,
+    chat_id           INTEGER NOT NULL REFERENCES chats (id) ON DELETE CASCADE,
+    user_id           TEXT NOT NULL,
+    content           TEXT NOT NULL,
+    is_ai             INTEGER NOT NULL CHECK (is_ai IN (0, 1)),
+    timestamp         TEXT NOT NULL,
+    status            TEXT NOT NULL
+                      CHECK (status IN ('complete', 'streaming', 'aborted', 'failed',
+                                        'interrupted')),
+    task_id           TEXT NOT NULL CHECK (length(task_id) = 36),
+    reply_to          INTEGER REFERENCES messages (id) ON DELETE CASCADE,
+    finish_reason     TEXT,
+    client_msg_id     TEXT,
+    model             TEXT,
+    prompt_tokens     INTEGER,
+    completion_tokens INTEGER,
+    CHECK (is_ai = (reply_to IS NOT NULL)),
+    CHECK (is_ai OR status = 'complete'),
+    CHECK (client_msg_id IS NULL OR NOT is_ai)
+) STRICT;
+CREATE INDEX messages_by_chat ON messages (chat_id, id);
+CREATE UNIQUE INDEX replies_by_task ON messages (task_id) WHERE is_ai;
+CREATE INDEX replies_by_message ON messages (reply_to) WHERE reply_to IS NOT NULL;
+CREATE INDEX streaming ON messages (status, chat_id) WHERE status = 'streaming';
+CREATE TABLE sends (
+    user_id       TEXT NOT NULL,
+    client_msg_id TEXT NOT NULL,
+    message_id    INTEGER NOT NULL,
+    PRIMARY KEY (user_id, client_msg_id)
+) STRICT, WITHOUT ROWID;
+CREATE VIEW searchable AS
+    SELECT id, content, 'u' || hex(user_id) AS owner FROM messages;
+CREATE VIRTUAL TABLE search USING fts5 (
+    content, owner, content = 'searchable', content_rowid = 'id',
+    tokenize = 'unicode61 remove_diacritics 2'
+);
+CREATE TRIGGER message_sent AFTER INSERT ON messages WHEN new.status <> 'streaming' BEGIN
+    INSERT INTO search (rowid, content, owner)
+    VALUES (new.id, new.content, 'u' || hex(new.user_id));
+END;
+CREATE TRIGGER reply_settled AFTER UPDATE OF status ON messages
+WHEN old.status = 'streaming' AND new.status <> 'streaming' BEGIN
+    INSERT INTO search (rowid, content, owner)
+    VALUES (new.id, new.content, 'u' || hex(new.user_id));
+END;
+CREATE TRIGGER message_deleted AFTER DELETE ON messages WHEN old.status <> 'streaming' BEGIN
+    INSERT INTO search (search, rowid, content, owner)
+    VALUES ('delete', old.id, old.content, 'u' || hex(old.user_id));
+END;
+PRAGMA user_version = 1;
+"""
+WHEN = "2026-01-01T00:00:00.000Z"
+OldChat = tuple[str, Iterable[str]]  # a user, and the texts of a chat: a message, its reply, …
+
+
+def write_old_file(database: Path, *talks: OldChat) -> None:
+    """Make a file as version 1.0.0 left it, with one chat (1, 2, …) for each of `talks`."""
+    insert = """INSERT INTO messages (id, chat_id, user_id, content, is_ai, timestamp, status,
+                task_id, reply_to) VALUES (?, ?, ?, ?, ?, ?, 'complete', ?, ?)"""
+    tables, separator, triggers = SCHEMA_1_0_0.partition("CREATE TRIGGER")
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(tables)
+        last = 0
+        for chat_id, (user, texts) in enumerate(talks, 1):
+            db.execute("INSERT INTO chats VALUES (?, ?, 'old', ?, ?)", (chat_id, user, WHEN, WHEN))
+            rows: list[tuple[Any, ...]] = []
+            for number, text in enumerate(texts):
+                last += 1
+                is_ai = number % 2
+                task_id = str(uuid.UUID(int=last - is_ai))
+                asked = last - 1 if is_ai else None
+                rows.append((last, chat_id, user, text, is_ai, WHEN, task_id, asked))
+            db.executemany(insert, rows)
+        db.execute("INSERT INTO search (search) VALUES ('rebuild')")  # what the triggers would do
+        db.commit()
+        db.executescript(separator + triggers)
+
+
+class Patient(Process):
+    """A service that may take long to start: it has a large file to bring to its version."""
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        assert self.process.stdout is not None
+        async with asyncio.timeout(10 * LIMIT):
+            first = (await self.process.stdout.readline()).decode()
+        assert "listens on" in first, first + (await self.process.communicate())[1].decode()
+        self.address = first.split()[-1]
+        return self
+
+
+@pytest.fixture
+def patient(tmp_path: Path, upstream: Upstream) -> Callable[..., Patient]:
+    """Make a patient process on the file in `tmp_path` and the scripted model."""
+
+    def make(**changes: Any) -> Patient:
+        usual = {"OPENAI_BASE_URL": upstream.url, "MESSAGES_PER_MINUTE": 0, "DRAIN_SECONDS": 0}
+        return Patient(tmp_path, **(usual | changes))
+
+    return make
+
+
+def wal_megabytes(service: Peer) -> float:
+    return service.database.with_name(f"{service.database.name}-wal").stat().st_size / 2**20
+
+
+async def within(seconds: float, condition: Callable[[], bool]) -> None:
+    """Wait until that is so; TimeoutError after `seconds`."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > ends:
+            raise TimeoutError
+        await asyncio.sleep(0.05)
+
+
+async def worst_turn(client: Client, chat_id: int, until_done: Callable[[], bool]) -> float:
+    """Send messages one after the other until that is so; return the longest whole turn."""
+    worst = 0.0
+    number = 0
+    while number < 10 or not until_done():
+        number += 1
+        start = time.monotonic()
+        message = await client.say(f"message {number}", chat_id=chat_id)
+        while (await client.reply())["task_id"] != message["task_id"]:
+            pass
+        worst = max(worst, time.monotonic() - start)
+    return worst
+
+
+# --- Tokens that expire ---
+
+
+async def test_nothing_is_done_after_a_token_has_expired(
+    settings: Make, upstream: Upstream
+) -> None:
+    """Who may do what: nothing that a socket sends after `exp` is done, also while so much waits
+    for it that the close can't be sent."""
+    upstream.scripts = [says("x" * 90_000)] * 30
+    changes = {"jwt_secret": SECRET, "messages_per_minute": 0, "slow_reader_seconds": 12}
+    loop = asyncio.get_running_loop()
+    async with Service(settings(**changes)) as service:
+        headers = {"Authorization": f"Bearer {token()}"}
+        async with service.connect(additional_headers=headers) as client:
+            expires = int(time.time()) + 6
+            short = {"Authorization": f"Bearer {token(exp=expires)}"}
+            with stall_with(service.address, short) as stalled:
+                for _ in range(30):
+                    await client.say("at length")
+                    await client.reply()
+                await asyncio.sleep(expires + 1 - time.time())
+                for number in range(12):
+                    frame = {"action": "send_message", "content": f"late {number}"}
+                    data = Frame(Opcode.TEXT, json.dumps(frame).encode())
+                    with contextlib.suppress(OSError, TimeoutError):
+                        wire = data.serialize(mask=True)
+                        await asyncio.wait_for(loop.sock_sendall(stalled, wire), LIMIT)
+
+                async def dropped() -> bool:
+                    return await connections(service) == 1
+
+                await until(dropped)  # so all that it sent has been taken or thrown away
+            await caught_up(client)
+        late = service.stored("SELECT count(*) FROM messages WHERE content LIKE 'late %'")
+        assert late == [(0,)]
+
+
+def stall_with(address: str, headers: dict[str, str]) -> socket.socket:
+    """Open a WebSocket of Alice's with those headers; it reads nothing after its handshake."""
+    host, port = address.removeprefix("http://").split(":")
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.settimeout(LIMIT)
+    reader.connect((host, int(port)))
+    lines = [
+        "GET /ws/alice HTTP/1.1", f"Host: {host}:{port}", "Upgrade: websocket",
+        "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+        *(f"{name}: {value}" for name, value in headers.items()),
+    ]  # fmt: skip
+    reader.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += reader.recv(1)
+    assert received.startswith(b"HTTP/1.1 101 ")
+    reader.setblocking(False)
+    return reader
+
+
+# --- Long histories ---
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_pages_of_a_large_history_are_all_of_it(patient: Callable[..., Patient]) -> None:
+    """At most 2 million characters a page, one message at least, and the pages are all of it."""
+    service = patient()
+    texts = ["z" * 2_100_000, *(f"{number} " + "y" * 60_000 for number in range(99))]
+    write_old_file(service.database, ("alice", texts))
+    async with service:
+        path = "/api/chats/1?limit=1000"
+        ids: list[int] = []
+        while True:
+            before = f"&before={ids[0]}" if ids else ""
+            chat = (await service.http("GET", path + before)).json
+            sizes = [len(message["content"]) for message in chat["messages"]]
+            assert len(sizes) == 1 or sum(sizes) <= 2_000_000
+            ids[:0] = [message["id"] for message in chat["messages"]]
+            if not chat["has_more"]:
+                break
+        assert ids == list(range(1, 101))
+
+
+@only_linux
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_pages_that_nobody_reads_are_bounded(patient: Callable[..., Patient]) -> None:
+    """Promise 7: memory per connection is bounded, whatever it leaves unread."""
+    service = patient()
+    write_old_file(service.database, ("alice", ("y" * 60_000 for _ in range(400))))
+    async with service:
+        await service.http("GET", "/api/chats/1?limit=10")
+        before = peak_megabytes(service)
+        host, port = service.address.removeprefix("http://").split(":")
+        with contextlib.ExitStack() as stack:
+            for _ in range(12):
+                reader = stack.enter_context(socket.socket())
+                reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                reader.settimeout(LIMIT)
+                reader.connect((host, int(port)))
+                head = f"GET /api/chats/1?limit=1000 HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n"
+                reader.sendall(head.encode())
+                assert await asyncio.to_thread(reader.recv, 9) == b"HTTP/1.1 "
+            assert (await service.http("GET", "/health")).status == 200
+            assert peak_megabytes(service) - before < 150
+
+
+# --- Search ---
+
+SCRIPTS = [
+    ("light", "Two lighthouses in the fog", True),
+    ("LIGHT fo", "Two lighthouses in the fog", True),
+    ("houses", "Two lighthouses in the fog", False),
+    ("fog sea", "Two lighthouses in the fog", False),
+    ("数据库", "我们把数据库搬到了新的服务器", True),
+    ("数", "我们把数据库搬到了新的服务器", True),
+    ("据库", "我们把数据库搬到了新的服务器", True),
+    ("库数", "我们把数据库搬到了新的服务器", False),
+    ("数据 服务", "我们把数据库搬到了新的服务器", True),
+    ("sqlite", "使用SQLite数据库存储", True),
+    ("lighth 数据", "The lighthouses' 数据库", True),
+    ("🎉", "It is done 🎉", True),
+    ("🎉", "party🎉time", True),
+    ("👩‍💻", "a 👩‍💻 at work", True),
+    ("🎉", "It is done 🎈", False),
+    ("ข้าวผัด", "ฉันชอบกินข้าวผัดมาก", True),
+    ("ผัด", "ฉันชอบกินข้าวผัดมาก", True),
+    ("図書館", "昨日は図書館で本を読みました", True),
+    ("ベース", "このデータベースは速い", True),
+    ("データ", "このデータベースは速い", True),
+    ("ខ្មែរ", "ខ្ញុំរៀនភាសាខ្មែរ", True),
+    ("데이터", "데이터베이스를 옮겼다", True),
+]
+
+
+@pytest.mark.parametrize(("words", "text", "is_found"), SCRIPTS)
+async def test_search_knows_the_beginnings_of_words_and_scripts_without_blanks(
+    service: Service, words: str, text: str, is_found: bool
+) -> None:
+    """Each word is the beginning of a word, or any part of text in scripts without blanks and of
+    emoji. Nobody else finds it."""
+    await post(service, await service.new_chat(), text)
+    assert await found(service, words) == [text] * is_found
+    assert await found(service, words, user="bob") == []
+
+
+async def test_search_shows_the_newest_first(service: Service) -> None:
+    """However much better an older message fits."""
+    chat_id = await service.new_chat()
+    texts = ["sea sea sea", "once upon a time there was the sea, and it was wide", "sea sea"]
+    for text in texts:
+        await post(service, chat_id, text)
+    assert await found(service, "sea") == texts[::-1]
+    assert await found(service, "sea", more="&limit=1") == texts[-1:]
+
+
+async def test_a_word_counts_once_in_a_search(service: Service) -> None:
+    """At most 10 words are looked for, each once."""
+    text = "the one two three four five six seven eight nine"
+    await post(service, await service.new_chat(), text)
+    assert await found(service, "the " * 250) == [text]
+    assert await found(service, f"{text} " * 20) == [text]
+    more = quote(" ".join(f"word{number}" for number in range(250)))
+    answer = await service.http("GET", f"/api/users/alice/search?q={more}")
+    assert answer.status in {200, 422}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file of 100,000 messages of 20 words, all of Alice's, brought to this version."""
+    folder = tmp_path_factory.mktemp("large")
+    words = ["the", "tide", "than", "that", *(f"word{number}" for number in range(200))]
+    texts = (
+        "the tide than that " + " ".join(words[4 + (7 * n + 13 * i) % 200] for i in range(16))
+        for n in range(100_000)
+    )
+    write_old_file(folder / "chat.db", ("alice", texts))
+
+    async def migrate() -> None:
+        async with Patient(folder) as service:
+            service.process.send_signal(signal.SIGTERM)
+            await service.process.wait()
+
+    asyncio.run(migrate())
+    yield folder / "chat.db"
+    shutil.rmtree(folder)
+
+
+HEAVY = ["the " * 250, "t", "the tide than that word", "the tide than that w wo wor word t th"]
+
+
+@only_linux
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_heavy_searches_are_nobodys_slowness(
+    patient: Callable[..., Patient], large: Path
+) -> None:
+    """Four at once: another user's messages go on, /health too, and the WAL is kept small."""
+    service = patient()
+    shutil.copy(large, service.database)
+    async with service, service.connect("bob") as bob, aiohttp.ClientSession() as session:
+        chat_id = await service.new_chat("bob")
+        quiet = await worst_turn(bob, chat_id, lambda: True)
+        statuses: list[int] = []
+
+        async def search(words: str) -> None:
+            url = f"{service.address}/api/users/alice/search"
+            for _ in range(3):
+                limit = aiohttp.ClientTimeout(5 * LIMIT)
+                async with session.get(url, params={"q": words}, timeout=limit) as answer:
+                    await answer.read()
+                    statuses.append(answer.status)
+
+        health: list[int] = []
+
+        async def look(done: Callable[[], bool]) -> None:
+            while not done():
+                health.append((await service.http("GET", "/health")).status)
+
+        searches = asyncio.gather(*(search(words) for words in HEAVY))
+        looking = asyncio.create_task(look(searches.done))
+        worst = await worst_turn(bob, chat_id, searches.done)
+        await searches
+        await looking
+        assert set(statuses) <= {200, 503}
+        assert set(health) == {200}
+        assert worst < quiet + 2, (worst, quiet)
+        assert wal_megabytes(service) < 16
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_a_search_has_its_time(patient: Callable[..., Patient], large: Path) -> None:
+    """One that takes longer is answered with 503 and a Retry-After, and leaves nothing behind."""
+    service = patient()
+    shutil.copy(large, service.database)
+    service.constants = """
+names = [n for n in vars(chat_app) if "SEARCH" in n and "SECONDS" in n]
+assert names, "no constant for the time of a search"
+for name in names: setattr(chat_app, name, 0.001)
+"""
+    async with service:
+        answer = await service.http("GET", "/api/users/alice/search?q=the+tide+than&limit=100")
+        assert (answer.status, answer.json["code"]) == (503, "overloaded")
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert (await post(service, await service.new_chat("bob")))["status"] == "complete"
+        assert (await service.http("GET", "/health")).status == 200
+
+
+# --- What is deleted ---
+
+
+@pytest.mark.parametrize("way", ["the chat", "the user"])
+async def test_deleted_words_leave_the_index_and_the_file(
+    process: Callable[..., Process], upstream: Upstream, way: str
+) -> None:
+    """DELETE: the words of what was deleted can't be read out of the file either, once the service
+    has settled; also those of a title, of a reply, and of a running reply's checkpoints."""
+    words = {what: f"zq{uuid.uuid4().hex}" for what in ("title", "message", "reply")}
+    upstream.scripts = [says(words["reply"][:9], words["reply"][9:], " is a word")]
+    async with process() as service:
+        other = await service.new_chat("bob")
+        chat_id = await service.new_chat(title=words["title"])
+        await post(service, chat_id, f"What is {words['message']}?")
+        await post(service, other, "stays")
+        path = f"/api/chats/{chat_id}" if way == "the chat" else "/api/users/alice"
+        assert (await service.http("DELETE", path)).status == 204
+        for word in words.values():
+            assert await found(service, word) == []
+
+        def is_gone() -> bool:
+            files = service.database.parent.glob("chat.db*")
+            data = b"".join(file.read_bytes() for file in files)
+            return not any(word[12:].encode() in data for word in words.values())
+
+        await within(2 * LIMIT, is_gone)
+        assert await found(service, "stays", user="bob") == ["stays"]
+
+
+MANY = 150_000  # messages of a chat that is deleted
+SLOW_SLICES = """
+for name, value in {"SLICE_ROWS": 100, "PURGE_SECONDS": 0.1}.items():
+    assert hasattr(chat_app, name), name
+    setattr(chat_app, name, value)
+"""
+
+
+def left_of(service: Peer, chat_id: int) -> int:
+    return int(service.stored("SELECT count(*) FROM messages WHERE chat_id = ?", chat_id)[0][0])
+
+
+async def is_hidden(service: Peer, chat_id: int) -> None:
+    """Assert that nobody can see anything of a chat of Alice's, the only one that she has."""
+    path = f"/api/chats/{chat_id}"
+    assert (await service.http("GET", path)).status == 404
+    assert (await service.http("POST", f"{path}/abort")).status == 404
+    assert (await service.http("PATCH", path, {"title": "Back"})).status == 404
+    assert (await service.http("DELETE", path)).status == 404
+    assert (await service.http("POST", f"{path}/messages", {"content": "Hi"})).status == 404
+    assert (await service.http("GET", "/api/users/alice/chats")).json == []
+    assert await found(service, "lighthouse") == []
+    async with service.connect() as client:
+        await client.send("send_message", chat_id=chat_id, content="Hi")
+        assert (await client.refusal())["code"] == "chat_not_found"
+    async with aiohttp.ClientSession() as session:
+        url = f"{service.address}/api/users/alice/export"
+        async with session.get(url) as answer:
+            assert (answer.status, await answer.read()) == (200, b"")
+
+
+@pytest.fixture
+def crowded(patient: Callable[..., Patient]) -> Patient:
+    """A service with a chat of very many messages of Alice's (1), and one of Bob's (2)."""
+    service = patient()
+    long = (f"The lighthouse number {number} stands in the sea " * 4 for number in range(MANY))
+    write_old_file(service.database, ("alice", long), ("bob", ["stays"]))
+    return service
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_a_large_chat_is_deleted_beside_the_others(crowded: Patient) -> None:
+    """It is gone at once for all who look; on the disk it goes in slices that hold nobody up."""
+    async with crowded as service, service.connect("bob") as bob, service.connect() as alice:
+        quiet = await worst_turn(bob, 2, lambda: True)
+        deleting = asyncio.create_task(service.http("DELETE", "/api/chats/1"))
+        ends = time.monotonic() + 5 * LIMIT
+        worst = await worst_turn(
+            bob, 2, lambda: deleting.done() and (not left_of(service, 1) or time.monotonic() > ends)
+        )
+        assert (await deleting).status == 204
+        assert left_of(service, 1) == 0
+        print(f"longest turn: {worst:.2f} s, otherwise {quiet:.2f}")
+        assert worst < quiet + 1, (worst, quiet)
+        await alice.until("chat_deleted", chat_id=1)
+        await is_hidden(service, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_a_deletion_goes_on_after_a_crash(crowded: Patient, patient: Any) -> None:
+    """Killed between two slices, it is finished after the restart, and nothing else is lost."""
+    crowded.constants = SLOW_SLICES
+    async with crowded as service, service.connect("bob") as bob:
+        assert (await service.http("DELETE", "/api/chats/1")).status == 204
+        await is_hidden(service, 1)
+        await within(LIMIT, lambda: left_of(service, 1) < MANY)
+        message = await bob.say("echoed", chat_id=2)
+        service.process.kill()
+        await service.process.wait()
+        assert 0 < left_of(service, 1) < MANY
+    async with patient() as service:
+        await is_hidden(service, 1)
+        await within(5 * LIMIT, lambda: not left_of(service, 1))
+        texts = {each["id"]: each["content"] for each in await messages(service, 2)}
+        assert texts[MANY + 1] == "stays"
+        assert texts[message["id"]] == "echoed"
+        assert await found(service, "stays", user="bob") == ["stays"]
+        assert service.stored("PRAGMA integrity_check") == [("ok",)]
+        assert service.stored("PRAGMA foreign_key_check") == []
+
+
+# --- Checkpoints of running replies ---
+
+
+def trickling(text: str, counts: list[int]) -> Script:
+    """A model that says `text` and then a number every fifth of a second, for ever."""
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.start()
+        await exchange.say(text)
+        number = 0
+        while not exchange.left.is_set():
+            number += 1
+            await exchange.say(f" {number}")
+            counts[0] += 1
+            await asyncio.sleep(0.2)
+
+    return script
+
+
+def written_megabytes(service: Process) -> float:
+    """Return what the process has written to files (and pipes, which is little), ever."""
+    io = Path(f"/proc/{service.process.pid}/io").read_text()
+    return int(io.partition("wchar:")[2].split()[0]) / 2**20
+
+
+def has_grown(counts: list[int], size: int) -> bool:
+    return counts[0] >= size
+
+
+@only_linux
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+async def test_the_cost_of_a_checkpoint_goes_with_the_new_text(
+    process: Callable[..., Process], upstream: Upstream
+) -> None:
+    """200 replies of 60,000 characters that go on slowly cost next to nothing to keep."""
+    counts = [0]
+    upstream.scripts = [trickling("x" * 60_000, counts)] * 200
+    async with process() as service:
+        async with service.connect() as client:
+            tasks = set()
+            for _ in range(200):
+                tasks.add((await client.say("at length"))["task_id"])
+            heard = {f["task_id"] for f in client.frames if f["type"] == "token"}
+            while heard != tasks:
+                heard.add((await client.until("token"))["task_id"])
+        lowest = float("inf")
+        for _ in range(20):
+            said, written = counts[0], written_megabytes(service)
+            await within(
+                LIMIT, functools.partial(has_grown, counts, said + 400)
+            )  # two new pieces of each
+            lowest = min(lowest, written_megabytes(service) - written)
+        assert lowest < 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+async def test_after_a_crash_the_text_is_joined(
+    process: Callable[..., Process], upstream: Upstream
+) -> None:
+    """Promise 6: all but the last second's (another one is for the machine), a prefix of what was
+    shown, with nothing left over in the table of new text."""
+    upstream.scripts = [trickling("x" * 30_000, [0])] * 20
+    seen: dict[str, list[tuple[float, int]]] = {}
+    async with process() as service, service.connect() as client:
+        for _ in range(20):
+            seen[(await client.say("at length"))["task_id"]] = []
+        lengths = dict.fromkeys(seen, 0)
+        lengths |= {task: len(text_of(client, task)) for task in seen}
+        ends = time.monotonic() + 5
+        while time.monotonic() < ends:
+            frame = await client.until("token")
+            lengths[frame["task_id"]] += len(frame["token"])
+            seen[frame["task_id"]].append((time.monotonic(), lengths[frame["task_id"]]))
+        service.process.kill()
+        killed = time.monotonic()
+        await service.process.wait()
+    async with process() as service:
+        for task_id, marks in seen.items():
+            sql = "SELECT status, content FROM messages WHERE task_id = ? AND is_ai"
+            [(status, text)] = service.stored(sql, task_id)
+            assert status == "interrupted"
+            whole = "x" * 30_000 + "".join(f" {number}" for number in range(1, 1000))
+            assert whole.startswith(text)
+            assert len(text) >= max(length for at, length in marks if at < killed - 2)
+        if service.stored("SELECT name FROM sqlite_master WHERE name = 'pieces'"):
+            assert service.stored("SELECT count(*) FROM pieces") == [(0,)]
+
+
+# --- One file, one service ---
+
+
+@only_linux
+async def test_the_lock_is_on_a_file_beside_the_database(process: Callable[..., Process]) -> None:
+    """Where flock and SQLite's own locks share a table (macOS, NFS), a lock on the file itself
+    would keep SQLite out."""
+    service = process()
+    service.constants = "chat_app.OWNER_SECONDS = 0.5"
+    with service.database.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        async with service:
+            assert service.database.with_name("chat.db.lock").exists()
+            second = process()
+            second.constants = service.constants
+            await second.start()
+            status, out, err = await second.ended()
+            assert (status, out, err.count("\n")) == (2, "", 1)
+            assert err.startswith("chat_app: DATABASE_URL: ")
+            assert (await service.http("GET", "/health")).status == 200
+
+
+@only_linux
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+async def test_a_database_that_is_no_longer_there_is_told(
+    process: Callable[..., Process], what: str
+) -> None:
+    """GET /health: 503 where the file is not the one that was opened: all would be lost at the
+    next start."""
+    async with process() as service:
+        assert (await service.http("GET", "/health")).status == 200
+        copy = service.database.with_name("other.db")
+        shutil.copy(service.database, copy)
+        if what == "removed":
+            service.database.unlink()
+        else:
+            copy.replace(service.database)
+
+        async def is_ill() -> bool:
+            return (await service.http("GET", "/health")).status == 503
+
+        await until(is_ill)
+
+
+async def test_the_file_alone_has_the_tables(process: Callable[..., Process]) -> None:
+    """A copy of chat.db without its WAL, made right after the first start, is a database."""
+    async with process() as service:
+        copy = service.database.with_name("copy.db")
+        shutil.copy(service.database, copy)
+        with contextlib.closing(sqlite3.connect(copy)) as db:
+            names = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+        assert {"chats", "messages"} <= names
+
+
+async def test_a_backup_is_made_beside_the_running_service(process: Callable[..., Process]) -> None:
+    """`chat_app.py backup FILE`: one whole file that a service starts with."""
+    async with process() as service:
+        chat_id = await service.new_chat()
+        await post(service, chat_id, "to be kept")
+        maker = await process().start("backup", "backup.db")
+        status, _, err = await maker.ended()
+        assert status == 0, err
+        await post(service, chat_id, "too late")
+    assert not service.database.with_name("backup.db-wal").exists()
+    async with process(DATABASE_URL="sqlite:///./backup.db") as service:
+        texts = [message["content"] for message in await messages(service, chat_id)]
+        assert texts == ["to be kept", "Hello, world"]
+        assert (await post(service, chat_id))["status"] == "complete"
+        assert await found(service, "kept") == ["to be kept"]
+
+
+async def test_the_wal_shrinks_again(process: Callable[..., Process]) -> None:
+    """What a long reader made grow is given back when nobody needs it any more."""
+    async with process() as service, service.connect() as client:
+        chat_id = await service.new_chat()
+        with contextlib.closing(sqlite3.connect(service.database)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM messages").fetchall()
+            while wal_megabytes(service) < 8:
+                await client.say("0123456789" * 3_000, chat_id=chat_id)
+                await client.reply()
+        ends = time.monotonic() + 2 * LIMIT
+        while wal_megabytes(service) > 6 and time.monotonic() < ends:
+            await post(service, chat_id, "Hi")
+        assert wal_megabytes(service) <= 6
+
+
+async def test_the_clock_goes_back(process: Callable[..., Process]) -> None:
+    """`updated_at` never goes back, and the chat just written to is listed first."""
+    service = process()
+    service.constants = """
+import datetime, pathlib
+honest = chat_app.now
+def now():
+    hour = datetime.timedelta(hours=1)
+    then = datetime.datetime.fromisoformat(honest()) - hour
+    late = then.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return late if pathlib.Path("back").exists() else honest()
+chat_app.now = now
+"""
+    async with service:
+        first = await service.new_chat(title="first")
+        second = await service.new_chat(title="second")
+        await post(service, first)
+        await post(service, second)
+        path = f"/api/chats/{first}"
+        before = (await service.http("GET", path)).json["updated_at"]
+        (service.folder / "back").touch()
+        await post(service, first)
+        chats = (await service.http("GET", "/api/users/alice/chats")).json
+        assert [chat["id"] for chat in chats] == [first, second]
+        assert chats[0]["updated_at"] >= before
+        answer = await service.http("PATCH", f"/api/chats/{second}", {"title": "Second"})
+        assert answer.json["updated_at"] >= chats[1]["updated_at"]
+        chats = (await service.http("GET", "/api/users/alice/chats")).json
+        assert [chat["id"] for chat in chats] == [second, first]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+async def test_a_writer_that_breaks_is_told(process: Callable[..., Process]) -> None:
+    """A fault in the writer itself ends the process, or /health says 503: somebody has to know."""
+    service = process()
+    service.constants = """
+import pathlib
+works = chat_app.Database.commit
+def commit(*args, **options):
+    if pathlib.Path("broken").exists():
+        raise RuntimeError("cannot even roll back")
+    return works(*args, **options)
+chat_app.Database.commit = commit
+"""
+    async with service:
+        await service.new_chat()
+        (service.folder / "broken").touch()
+
+        async def is_told() -> bool:
+            try:
+                async with asyncio.timeout(LIMIT / 4):
+                    await service.http("POST", "/api/chats", {"user_id": "alice"})
+            except (aiohttp.ClientError, TimeoutError):
+                pass
+            if service.process.returncode is not None:
+                return True
+            try:
+                return (await service.http("GET", "/health")).status == 503
+            except aiohttp.ClientError:
+                return False  # it is about to end
+
+        await until(is_told)
+
+
+# --- Starting and ending ---
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
+async def test_every_address_means_ipv4_too(process: Callable[..., Process]) -> None:
+    """HOST=:: hears both."""
+    async with process(HOST="::") as service:
+        port = service.address.rpartition(":")[2]
+        for host in ("[::1]", "127.0.0.1"):
+            service.address = f"http://{host}:{port}"
+            assert (await service.http("GET", "/health")).status == 200
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+async def test_a_closed_terminal_is_gentle(
+    process: Callable[..., Process], upstream: Upstream
+) -> None:
+    """SIGHUP: it ends as with SIGTERM, or goes on."""
+    upstream.scripts = [Held("half")]
+    async with process() as service, service.connect() as client:
+        await client.say("Hi")
+        await client.until("token")
+        service.process.send_signal(signal.SIGHUP)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(service.process.wait(), LIMIT / 4)
+        if service.process.returncode is None:
+            await caught_up(client)
+            service.process.send_signal(signal.SIGTERM)
+        assert await client.closed() == 1012
+        assert [f["code"] for f in client.frames if f["type"] == "error"][-1] == "interrupted"
+        assert (await service.ended())[0] == 0
+
+
+async def test_a_message_of_escaped_emoji_fits(service: Service) -> None:
+    """MAX_FRAME_BYTES: 32,000 emoji that a client has escaped are a message like others."""
+    text = "🎉" * 32_000
+    async with service.connect() as client:
+        assert len(json.dumps(text)) > 380_000
+        message = await client.say(text)
+        await client.reply()
+    await post(service, message["chat_id"], text)
+
+
+async def log_of(service: Process) -> str:
+    """Start and stop a service; return its log."""
+    async with service:
+        service.process.send_signal(signal.SIGTERM)
+        status, _, err = await service.ended()
+    assert status == 0, err
+    return err
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+@pytest.mark.parametrize("secret", ["", SECRET])
+async def test_an_open_door_is_told(
+    process: Callable[..., Process], host: str, secret: str
+) -> None:
+    """Whoever lets the network in without tokens reads a warning in the log; nobody else does."""
+    log = await log_of(process(HOST=host, JWT_SECRET=secret))
+    is_warned = any("WARNING" in line and "JWT_SECRET" in line for line in log.splitlines())
+    assert is_warned == (host == "0.0.0.0" and not secret), log
+    assert SECRET not in log
+
+
+async def test_misspelt_settings_are_told(process: Callable[..., Process]) -> None:
+    """A line of .env that looks like a setting and is none is named in a warning, not its value."""
+    lines = ["OPENAI_API_KEYS=sk-typo", "MAX_MESAGE_CHARS=5", "MODEL_NAME=fine"]
+    service = process()
+    (service.folder / ".env").write_text("\n".join(lines))
+    log = await log_of(service)
+    warnings = "\n".join(line for line in log.splitlines() if "WARNING" in line)
+    assert "OPENAI_API_KEYS" in warnings
+    assert "MAX_MESAGE_CHARS" in warnings
+    assert "MODEL_NAME" not in warnings
+    assert "sk-typo" not in log
+
+
+async def test_the_log_says_start_and_stop(process: Callable[..., Process]) -> None:
+    """Whoever reads only the log sees when it was there."""
+    log = await log_of(process())
+    assert re.search(r"(?im)^\S+ INFO .*\b(start|listen)", log), log
+    assert re.search(r"(?im)^\S+ INFO .*\b(stop|end|shut)", log), log
+
+
+async def test_a_model_named_demo_is_not_the_demo(process: Callable[..., Process]) -> None:
+    """The built-in demo answers only where there is neither a key nor a base URL."""
+    async with process(MODEL_NAME="demo") as service:
+        assert service.process.stdout is not None
+        async with asyncio.timeout(LIMIT):
+            line = (await service.process.stdout.readline()).decode()
+        assert "understands nothing" not in line
+        reply = await post(service, await service.new_chat())
+        assert reply["content"] == "Hello, world"
+
+
+async def test_what_curl_sends_by_default_is_explained(service: Service) -> None:
+    """415 says which header is missing."""
+    kind = {"Content-Type": "application/x-www-form-urlencoded"}
+    chat_id = await service.new_chat()
+    for path in ("/api/chats", f"/api/chats/{chat_id}/messages"):
+        answer = await service.http("POST", path, b'{"content": "Hi"}', headers=kind)
+        assert (answer.status, answer.json["code"]) == (415, "unsupported_media_type")
+        assert "Content-Type: application/json" in answer.json["detail"]
+
+
+# --- The page: what people do on it ---
+
+
+class Proxy(Peer):
+    """Serves a service under /chat/, strips that prefix, and can fall silent as a lost network."""
+
+    def __init__(self, service: Peer) -> None:
+        self.service = service
+        self.heard = asyncio.Event()  # else nothing passes, and nothing is answered
+        self.heard.set()
+        self.upgrades = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        host, port = self._server.sockets[0].getsockname()
+        self.address = f"http://{host}:{port}/chat"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        ends = (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError)
+        with contextlib.suppress(*ends):
+            await self._relay(reader, writer)
+        writer.close()
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        method, path, rest = head.split(" ", 2)
+        assert path.startswith("/chat/"), path
+        if "\r\nUpgrade:" in rest:
+            self.upgrades += 1
+            await self.heard.wait()
+        else:
+            rest = re.sub("(?i)Connection: .*", "Connection: close", rest)
+        address = self.service.address.removeprefix("http://").split(":")
+        inward, outward = await asyncio.open_connection(*address)
+        outward.write(f"{method} {path.removeprefix('/chat')} {rest}".encode())
+        up = asyncio.create_task(self._pipe(reader, outward))
+        try:
+            await self._pipe(inward, writer)
+        finally:
+            up.cancel()
+            await asyncio.gather(up, return_exceptions=True)
+            outward.close()
+
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            if self.heard.is_set():
+                writer.write(data)
+                await writer.drain()
+
+
+async def think(exchange: Exchange, *thoughts: str) -> None:
+    for thought in thoughts:
+        delta = {"reasoning_content": thought}
+        await exchange.event({"choices": [{"index": 0, "delta": delta}]})
+
+
+async def is_accessible(page: Page) -> None:
+    """Check that axe-core finds nothing in the page as it is."""
+    found = (await Axe().run(page)).response["violations"]
+    assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
+
+
+def asked(page: Page, number: int = -1) -> Locator:
+    return page.locator("#messages > .message.user").nth(number)
+
+
+def composer(page: Page) -> Locator:
+    return page.locator("#composer")
+
+
+async def test_the_first_visit_is_a_new_chat_under_a_name_that_is_kept(
+    service: Service, tab: Tab
+) -> None:
+    """Without a token to ask for nobody is asked who they are."""
+    async with tab(service, "/") as page:
+        await is_online(page)
+        await expect(page.locator("#sign-in")).to_be_hidden()
+        await expect(page.locator("#title")).to_have_text("New chat")
+        await expect(composer(page)).to_be_focused()
+        name = await page.inner_text("#who")
+        assert re.fullmatch("guest-[0-9a-f-]{13}", name)
+        await ask(page, "Good morning!")
+        await shows(page, "Hello, world", "complete")
+        await page.goto(f"{service.address}/")
+        await expect(page.locator("#who")).to_have_text(name)
+        await expect(page.locator("#chats a")).to_contain_text(["Good morning!"])
+    assert service.stored("SELECT DISTINCT user_id FROM chats") == [(name,)]
+
+
+RICH = """\
+# Plan
+
+### Details
+
+| Name | Remark |
+|:-----|:-------|
+| Tea  | first<br>second |
+| Milk | A remark of some length, that should not be broken into one word a line |
+
+```python
+def double(x):  # twice
+    return "2" * x
+```"""
+
+
+async def test_axe_finds_nothing(service: Service, upstream: Upstream, tab: Tab) -> None:
+    """A new chat, a conversation with a table, code and headings, the search, and the dialogs, in
+    the light and in the dark."""
+    upstream.scripts = [echo]
+    async with tab(service, color_scheme="light", **DESKTOP) as page:
+        await is_online(page)
+        await is_accessible(page)
+        await ask(page, RICH)
+        await shows(page, re.compile("Plan"), "complete")
+        await is_accessible(page)
+        await page.emulate_media(color_scheme="dark")
+        await is_accessible(page)
+        await asked(page).get_by_label("Edit message").click()
+        await is_accessible(page)
+        await page.keyboard.press("Escape")
+        await page.fill("#search", "remark")
+        await expect(page.locator("#results mark").first).to_be_visible()
+        await is_accessible(page)
+        await page.fill("#search", "")
+        await page.click("#help")
+        await is_accessible(page)
+        await page.keyboard.press("Escape")
+
+
+async def test_the_settings_of_a_chat_are_chosen(
+    settings: Callable[..., Settings], upstream: Upstream, tab: Tab
+) -> None:
+    """GET /api/models and PATCH: a chat's model and instructions reach the model; for a new chat
+    they make it. Axe finds nothing in the dialog."""
+    async with Service(settings(models="large")) as running, tab(running) as page:
+        await is_online(page)
+        for model, text in [("", "Be kind"), ("large", "Be brief")]:
+            await page.click("#settings-open")
+            await is_accessible(page)
+            await page.select_option("#model", model)
+            await page.fill("#instructions", text)
+            await page.get_by_role("button", name="Save").click()
+            await expect(page.locator("#settings")).to_be_hidden()
+            await expect(page.locator("#chats li.open")).to_have_count(1)
+            await page.click("#settings-open")
+            await expect(page.locator("#model")).to_have_value(model)
+            await expect(page.locator("#instructions")).to_have_value(text)
+            await page.click("#settings-cancel")
+        stored = running.stored("SELECT model, instructions FROM chats")
+        assert stored == [("large", "Be brief")]
+        await ask(page, "Hello")
+        await shows(page, "Hello, world", "complete")
+    asked_for = (await upstream.exchange()).body
+    assert asked_for["model"] == "large"
+    assert "Be brief" in asked_for["messages"][0]["content"]
+
+
+async def test_a_message_is_edited_and_sent_again(
+    service: Service, upstream: Upstream, tab: Tab
+) -> None:
+    """`replaces`: the new version takes the place of the earlier one and of what followed, which
+    can be unfolded and stays so in every tab and after a reload."""
+    upstream.scripts = [echo] * 4
+    async with tab(service) as page, tab(service) as other:
+        for text in ["one", "two"]:
+            await ask(page, text)
+            await shows(page, text, "complete")
+        await other.click("#chats a")
+        await asked(page, 0).get_by_label("Edit message").click()
+        await expect(page.get_by_role("textbox", name="Edit message")).to_be_focused()
+        await page.keyboard.press("Escape")
+        await expect(page.locator("form.edit")).to_have_count(0)
+        for number, text in [(1, "uno"), (2, "eins")]:
+            await asked(page, 0).get_by_label("Edit message").click()
+            await page.fill(".edit textarea", text)
+            await page.press(".edit textarea", "Enter")
+            await shows(page, text, "complete")
+            for seen in (page, other):
+                summary = seen.locator("#messages > details > summary")
+                await expect(summary).to_have_text(f"Earlier versions ({number})")
+                await expect(seen.locator("#messages > .message .body")).to_have_text([text] * 2)
+        await page.reload()
+        await page.click("#messages > details > summary")
+        await expect(page.locator("#messages details .body")).to_have_text(
+            ["one", "one", "two", "two", "uno", "uno"]
+        )
+        await is_accessible(page)
+    assert upstream.prompts[-1][-1]["content"] == "eins"
+    assert "one" not in str(upstream.prompts[-1])
+
+
+async def test_what_the_model_thinks_aloud_is_folded(
+    service: Service, upstream: Upstream, tab: Tab
+) -> None:
+    """`reasoning`: it streams, says how long it took, and is there after a reload, without."""
+    upstream.scripts = [hold]
+    async with tab(service) as page:
+        await ask(page, "Think!")
+        model = await upstream.exchange()
+        await model.start()
+        await think(model, "Let me ")
+        summary = reply(page).locator(".thinking summary")
+        thoughts = reply(page).locator(".thinking div")
+        await expect(summary).to_have_text("Thinking")
+        await expect(thoughts).to_be_hidden()
+        await is_accessible(page)
+        await summary.click()
+        await expect(thoughts).to_have_text("Let me ")
+        await think(model, "see.")
+        await expect(thoughts).to_have_text("Let me see.")
+        await page.reload()
+        await expect(thoughts).to_have_text("Let me see.")
+        await think(model, " Yes.")
+        await model.say("Hello")
+        await model.finish()
+        await shows(page, "Hello", "complete")
+        await expect(summary).to_have_text(re.compile(r"Thought for \d+ s"))
+        await page.reload()
+        await expect(summary).to_have_text("Thoughts")
+        await expect(thoughts).to_have_text("Let me see. Yes.")
+
+
+async def test_a_failed_reply_that_is_not_the_last_can_be_had_again(
+    service: Service, upstream: Upstream, tab: Tab
+) -> None:
+    """Its question is sent again in its own place."""
+    upstream.scripts = [refuse_400, says("second"), echo]
+    async with tab(service) as page:
+        await ask(page, "first")
+        await shows(page, "", "failed")
+        await ask(page, "second")
+        await shows(page, "second", "complete")
+        await reply(page, 0).get_by_role("button", name="Try again").click()
+        await expect(page.locator("#messages > .message .body")).to_have_text(["first"] * 2)
+        await expect(page.locator("#messages > details")).to_have_count(1)
+
+
+async def test_a_message_is_copied_and_a_chat_saved_as_markdown(
+    service: Service, upstream: Upstream, tab: Tab
+) -> None:
+    """Each message has its Copy; the export is a file with what is on the page. What a reply
+    cost is read on hover."""
+    upstream.scripts = [echo]
+    async with tab(service) as page:
+        await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        await ask(page, "**Hello** there")
+        await shows(page, "Hello there", "complete")
+        await asked(page).get_by_label("Copy").click()
+        await expect(asked(page).get_by_label("Copied")).to_be_visible()
+        assert await page.evaluate("navigator.clipboard.readText()") == "**Hello** there"
+        await reply(page).hover()
+        await expect(reply(page).locator(".usage")).to_have_css("opacity", "1")
+        await expect(reply(page).locator(".usage")).to_have_text("scripted-1 · tokens: 7 in, 3 out")
+        await page.click("#settings-open")
+        async with page.expect_download() as download:
+            await page.click("#export")
+        path: Path = await (await download.value).path()
+        text = "**Hello** there"
+        assert (
+            await asyncio.to_thread(path.read_text, "utf-8")
+            == f"# {text}\n\n## You\n\n{text}\n\n## Reply\n\n{text}\n"
+        )
+
+
+async def test_a_draft_belongs_to_its_chat(service: Service, tab: Tab) -> None:
+    """What is being written stays where it is written, also over a reload, and goes along into
+    the chat that a new one becomes."""
+    async with tab(service) as page:
+        await is_online(page)
+        await ask(page, "Apples")
+        await shows(page, "Hello, world", "complete")
+        await page.fill("#composer", "about apples")
+        await page.click("#new-chat")
+        await expect(composer(page)).to_have_value("")
+        await page.fill("#composer", "something new")
+        await page.reload()
+        await expect(composer(page)).to_have_value("something new")
+        await page.click("#chats a")
+        await expect(composer(page)).to_have_value("about apples")
+        await page.reload()
+        await expect(composer(page)).to_have_value("about apples")
+        await composer(page).press("Enter")
+        await shows(page, "Hello, world", "complete")
+        await page.click("#new-chat")
+        await expect(composer(page)).to_have_value("something new")
+        await composer(page).press("Enter")
+        await shows(page, "Hello, world", "complete")
+        await page.click("#new-chat")
+        await expect(composer(page)).to_have_value("")
+
+
+ENTER_OF_SAFARI = """(node) => node.dispatchEvent(new KeyboardEvent(
+    "keydown", { key: "Enter", keyCode: 229, bubbles: true, cancelable: true }))"""
+
+
+async def test_the_enter_that_ends_a_conversion_sends_nothing(service: Service, tab: Tab) -> None:
+    """Safari gives it keyCode 229 and isComposing false."""
+    async with tab(service) as page:
+        await is_online(page)
+        await page.fill("#composer", "日本語")
+        assert await composer(page).evaluate(ENTER_OF_SAFARI)  # and the browser has its way
+        await expect(composer(page)).to_have_value("日本語")
+        await composer(page).press("Enter")
+        await expect(asked(page).locator(".body")).to_have_text("日本語")
+
+
+async def test_it_works_under_a_prefix_that_a_proxy_strips(service: Service, tab: Tab) -> None:
+    """Every address is relative to the page, the next page of the list of chats included; the
+    proxy and the fixture know of no other path."""
+    for number in range(60):
+        await service.new_chat(title=f"Chat {number}")
+    async with Proxy(service) as proxy, tab(proxy) as page:
+        await is_online(page)
+        await expect(page.locator("#chats li")).to_have_count(50)
+        await page.click("#more-chats")
+        await expect(page.locator("#chats li")).to_have_count(60)
+        await ask(page, "Hello")
+        await shows(page, "Hello, world", "complete")
+
+
+async def test_a_connection_that_died_without_a_word_is_noticed(service: Service, tab: Tab) -> None:
+    """`ping`: every 25 s and when the page is seen again; without a pong for 5 s it reconnects,
+    and a handshake gets 10 s."""
+    async with Proxy(service) as proxy, tab(proxy) as page:
+        sent: list[Any] = []
+        page.on("websocket", lambda ws: ws.on("framesent", lambda data: sent.extend([data])))
+        await page.clock.install()
+        await page.reload()
+        await is_online(page)
+        sent.clear()
+        await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        async with asyncio.timeout(LIMIT):
+            while not sent:
+                await page.evaluate("1")
+        assert sent == ['{"action":"ping"}']
+        await page.clock.fast_forward(6_000)
+        await is_online(page)
+        proxy.heard.clear()
+        before = proxy.upgrades
+        await page.clock.fast_forward(26_000)
+        await is_online(page)
+        await page.clock.fast_forward(6_000)
+        await expect(page.locator("#state")).to_have_text("Connecting…")
+        await page.clock.fast_forward(11_000)
+        async with asyncio.timeout(LIMIT):
+            while proxy.upgrades < before + 2:
+                await page.evaluate("1")
+        proxy.heard.set()
+        await is_online(page)
+        await ask(page, "Are you there?")
+        await shows(page, "Hello, world", "complete")
+
+
+async def test_formulas_line_breaks_in_cells_and_wide_tables(
+    service: Service, upstream: Upstream, tab: Tab
+) -> None:
+    r"""`\(E = mc^2\)` keeps its backslashes, `<br>` in a cell breaks the line, a cell holds words
+    beside each other, code is coloured and unchanged."""
+    formulas = r"So \(E_1 = m*c*\), \[x_1 * y_1 * z\], $$a_1 _b_$$ and \(never closed."
+    upstream.scripts = [echo, echo]
+    async with tab(service, **DESKTOP) as page:
+        await ask(page, RICH)
+        await shows(page, re.compile("Plan"), "complete")
+        body = reply(page).locator(".body")
+        await expect(body.locator("h2, h3")).to_have_text(["Plan", "Details"])
+        assert await body.locator("td").nth(1).inner_text() == "first\nsecond"
+        heights = await body.locator("tr").evaluate_all("(all) => all.map((tr) => tr.offsetHeight)")
+        assert heights[2] < 100
+        await expect(body.locator(".code-keyword")).to_have_text(["def", "return"])
+        await expect(body.locator(".code-comment")).to_have_text("# twice")
+        code = 'def double(x):  # twice\n    return "2" * x'
+        assert await body.locator("pre").text_content() == code
+        await ask(page, formulas)
+        await shows(page, formulas.replace(r"\(never", "(never"), "complete")
+
+
+async def test_the_search_shows_what_it_found(
+    service: Service, upstream: Upstream, tab: Tab
+) -> None:
+    """The word is marked and in the lines that are shown; titles of chats are found as well."""
+    upstream.scripts = [echo]
+    await service.new_chat(title="A needle in a title")
+    async with tab(service, **DESKTOP) as page:
+        await ask(page, "some hay " * 40 + "Needle " + "more hay " * 40)
+        await shows(page, re.compile("Needle"), "complete")
+        await page.fill("#search", "needle")
+        await expect(page.locator("#results a")).to_have_count(3)
+        await expect(page.locator("#results a").first).to_have_text("A needle in a title")
+        marks = page.locator("#results mark")
+        await expect(marks).to_have_text(["needle", "Needle", "Needle"])
+        for mark in await marks.all():
+            await expect(mark).to_be_in_viewport(ratio=1)
+            inside = "(m) => m.offsetTop + m.offsetHeight <= m.closest('a').parentElement.offsetTop"
+            assert await mark.evaluate(f"{inside} + m.closest('li').offsetHeight")
+
+
+SMALL = """() => [...document.querySelectorAll("button, select, input, summary, nav li a")]
+    .filter((node) => node.checkVisibility() && Math.min(node.offsetHeight, 44) < 44)
+    .map((node) => node.outerHTML)"""
+
+
+async def test_fingers_have_room_and_enter_breaks_the_line(service: Service, tab: Tab) -> None:
+    """On a touch device the keyboard stays away until it is wanted; all buttons are 44 pixels
+    high, and axe finds nothing."""
+    async with tab(service, **PHONE) as page:
+        await is_online(page)
+        await expect(composer(page)).not_to_be_focused()
+        await page.tap("#composer")
+        await page.keyboard.type("Line one")
+        await page.keyboard.press("Enter")
+        await page.keyboard.type("line two")
+        await expect(composer(page)).to_have_value("Line one\nline two")
+        await page.tap("#send")
+        await shows(page, "Hello, world", "complete")
+        assert await page.evaluate(SMALL) == []
+        await is_accessible(page)
+        await page.tap("#menu")
+        assert await page.evaluate(SMALL) == []
+        await is_accessible(page)
+
+
+async def test_the_theme_is_the_systems_or_chosen(service: Service, tab: Tab) -> None:
+    async with tab(service, color_scheme="dark") as page:
+        dark, light = "rgb(23, 24, 27)", "rgb(252, 252, 250)"
+        body = page.locator("body")
+        await expect(body).to_have_css("background-color", dark)
+        for chosen, ground in [("light", light), ("dark", dark), ("", dark), ("light", light)]:
+            await page.select_option("#theme", chosen)
+            await expect(body).to_have_css("background-color", ground)
+        await page.reload()
+        await expect(body).to_have_css("background-color", light)
+        await expect(page.locator("#theme")).to_have_value("light")
+
+
+async def test_shortcuts_are_shown_by_a_question_mark(service: Service, tab: Tab) -> None:
+    """But not where one is writing."""
+    async with tab(service) as page:
+        await is_online(page)
+        await page.focus("#composer")
+        await page.keyboard.type("What?")
+        await expect(page.locator("#shortcuts")).to_be_hidden()
+        await page.fill("#composer", "")
+        await ask(page, "Hello")
+        await shows(page, "Hello, world", "complete")
+        await composer(page).press("ArrowUp")
+        await expect(page.locator(".edit textarea")).to_have_value("Hello")
+        await page.keyboard.press("Escape")
+        await expect(composer(page)).to_be_focused()
+        await page.focus("#messages")
+        await page.keyboard.press("?")
+        await expect(page.locator("#shortcuts")).to_be_visible()
+        await page.keyboard.press("Escape")
+        await expect(page.locator("#shortcuts")).to_be_hidden()
+        await page.keyboard.press("/")
+        await expect(page.locator("#search")).to_be_focused()
+
+
+async def test_print_shows_everything(service: Service, tab: Tab) -> None:
+    """The whole conversation, however long, and nothing that can only be clicked."""
+    async with tab(service) as page:
+        await ask(page, "\n".join(f"Line {number}" for number in range(200)))
+        await shows(page, "Hello, world", "complete")
+        await page.emulate_media(media="print")
+        await expect(page.locator("nav")).to_be_hidden()
+        await expect(page.locator("#write")).to_be_hidden()
+        look = "(log) => log.scrollHeight === log.clientHeight && log.clientHeight > 4000"
+        assert await page.locator("#messages").evaluate(look)
+
+
+OPENER = """(token) => new Promise((resolve) => {
+    const opened = window.open("/");
+    onmessage = ({ data }) => {
+        if (data.type !== "chat-token?") return;
+        opened.postMessage({ type: "chat-token", token }, location.origin);
+        resolve();
+    };
+})"""
+
+
+async def test_a_sign_in_lasts_and_can_be_handed_over(
+    settings: Callable[..., Settings], tab: Tab
+) -> None:
+    """By `#token=` in the address, which is gone at once; from another tab of the browser; by
+    postMessage from the page that opened this one."""
+    async with (
+        Service(settings(jwt_secret=SECRET)) as running,
+        tab(running, f"/#token={token('zoë')}", forgive=f"{UNKNOWN}|404") as page,
+    ):
+        await expect(page.locator("#who")).to_have_text("zoë")
+        await is_online(page)
+        assert page.url == f"{running.address}/"
+        other = await page.context.new_page()
+        await other.goto(running.address)
+        await expect(other.locator("#who")).to_have_text("zoë")
+        await is_online(other)
+        await page.close()
+        await other.goto(f"{running.address}/health")
+        await other.evaluate("sessionStorage.clear()")
+        async with other.expect_popup() as popup:
+            await other.evaluate(OPENER, token("ada"))
+        opened = await popup.value
+        await expect(opened.locator("#who")).to_have_text("ada")
+        await is_online(opened)
+
+
+RIDDLE = "A bat and a ball cost €1.10; the bat costs a euro more than the ball. What is the ball?"
+
+
+@pytest.mark.skipif("SCREENSHOTS" not in os.environ, reason="SCREENSHOTS names no folder")
+async def test_more_pictures_for_the_readme(service: Service, upstream: Upstream, tab: Tab) -> None:
+    """Thinking aloud, unfolded, on a phone in the dark; an edited message with its earlier version
+    ."""
+    folder = Path(os.environ["SCREENSHOTS"])
+    answer = "**5 cents.** The bat is then €1.05, and together they are €1.10."
+
+    async def ponders(exchange: Exchange) -> None:
+        await exchange.start()
+        await think(exchange, "If the ball were 10 cents, the bat would be €1.10, and both €1.20: ")
+        await think(exchange, "too much. So x + (x + 1) = 1.10, and x = 0.05.")
+        await exchange.say(answer)
+        await exchange.finish()
+
+    upstream.scripts = [says("10 cents."), ponders]
+    await service.new_chat("ada", "Trip to Lisbon in May")
+    chat_id = await service.new_chat("ada", "A riddle")
+    path = f"/?user=ada#{chat_id}"
+    async with (
+        tab(service, path, **DESKTOP) as desktop,
+        tab(service, path, **PHONE, color_scheme="dark") as phone,
+    ):
+        await ask(desktop, "What is the ball, if both are €1.10?")
+        await shows(desktop, "10 cents.", "complete")
+        await asked(desktop).get_by_label("Edit message").click()
+        await desktop.fill(".edit textarea", RIDDLE)
+        await desktop.press(".edit textarea", "Enter")
+        for page, name in [(desktop, "editing"), (phone, "thinking")]:
+            await shows(page, re.compile("5 cents"), "complete")
+            await reply(page).locator(".thinking summary").click()
+            if page is desktop:
+                await page.click("#messages > details > summary")
+                await asked(page).hover()
+            picture = folder / f"{name}.png"
+            await page.screenshot(path=picture, animations="disabled")
+            assert picture.stat().st_size < 150_000
+
+
+# --- Shards: three of them, replicated by Litestream, behind nginx ---
+
+SHARDS = (10, 11, 12)
+SHARD_IDS = 10**12
+NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + os.pathsep + "/usr/sbin")
+LITESTREAM = shutil.which("litestream", path=str(Path(sys.executable).parent))
+DEPLOY = HERE / "deploy"
+NGINX_AROUND = """daemon off;
+user root root;
+pid nginx.pid;
+error_log stderr;
+worker_processes 1;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off;
+    client_body_temp_path body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+{configuration}
+}}
+"""
+
+needs_parts = pytest.mark.skipif(
+    NGINX is None or LITESTREAM is None,
+    reason="needs nginx (apt-get install nginx) and litestream (`uv sync` brings it)",
+)
+
+
+def unit_command() -> list[str]:
+    """Return the words of ExecStart in deploy/chat@.service."""
+    unit = (DEPLOY / "chat@.service").read_text("utf-8")
+    line = re.search(r"^ExecStart=(.+)$", unit, re.MULTILINE)
+    assert line is not None
+    return shlex.split(line[1])
+
+
+def shard_command(file: Path, replica: Path) -> list[str]:
+    """Return the unit's own command with this machine's programs and these files."""
+    assert LITESTREAM is not None
+    here = {
+        "/opt/chat-app/.venv/bin/litestream": LITESTREAM,
+        "/opt/chat-app/.venv/bin/python chat_app.py": f"{sys.executable} {HERE / 'chat_app.py'}",
+        "${FILE}": str(file),
+        "${REPLICA}": f"file://{replica}",
+    }
+    return [here.get(word, word) for word in unit_command()]
+
+
+def replaced(text: str, *pairs: tuple[str, str]) -> str:
+    """Return `text` with each first part, which must be in it, replaced by its second."""
+    for old, new in pairs:
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+def free_prefix() -> int:
+    """Return the first three of five digits of ports that are all free."""
+    for prefix in random.sample(range(110, 320), 200):
+        with contextlib.ExitStack() as stack:
+            try:
+                for last in (*SHARDS, 98, 99):
+                    probe = stack.enter_context(socket.socket())
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", prefix * 100 + last))
+            except OSError:
+                continue
+            return prefix
+    raise AssertionError("no free ports")
+
+
+def answers(address: str) -> bool:
+    """Whether a service says that it is well."""
+    with contextlib.suppress(OSError):  # not up yet; HTTPError is one
+        return bool(urllib.request.urlopen(f"{address}/health", timeout=5).status == 200)
+    return False
+
+
+class Shards(Peer):
+    """Three shards, each run by Litestream as deploy/chat@.service does, and nginx before them.
+
+    To a test it is one service. `terms` has the term that each shard is in.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.prefix = free_prefix()
+        self.address = f"http://127.0.0.1:{self.prefix}99"
+        self.model_port = self.prefix * 100 + 98
+        self.terms = dict.fromkeys(SHARDS, 1)
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.nginx: subprocess.Popen[bytes] | None = None
+
+    def stored(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        """Read all shards' files as an outsider does."""
+        rows: list[tuple[Any, ...]] = []
+        for shard in SHARDS:
+            with contextlib.closing(sqlite3.connect(self.file(shard))) as db:
+                rows += db.execute(sql, parameters).fetchall()
+        return rows
+
+    def configuration(self) -> str:
+        """Return deploy/nginx-shards.conf for three shards, on these ports, without TLS."""
+        text = (DEPLOY / "nginx-shards.conf").read_text("utf-8")
+        text = re.sub(r"(\$home \{).*?(\})", r"\1 33% 10; 33% 11; * 12; \2", text, flags=re.DOTALL)
+        text = re.sub(r" +ssl_certificate.*\n", "", text)
+        return replaced(
+            text,
+            (r"1\d|2[0-5]", "1[0-2]"),
+            ("127.0.0.1:81", f"127.0.0.1:{self.prefix}"),
+            ("listen 443 ssl;", f"listen 127.0.0.1:{self.prefix}99;"),
+            ("unix:/run/nginx-chat.sock", f"unix:{self.folder}/nginx.sock"),
+            ("rate=20r/s", "rate=1000r/s"),
+        )
+
+    def name(self, shard: int) -> str:
+        return f"{shard}-{self.terms[shard]}"
+
+    def file(self, shard: int) -> Path:
+        return self.folder / f"{self.name(shard)}.db"
+
+    def replica(self, shard: int) -> Path:
+        return self.folder / "replicas" / self.name(shard)
+
+    def own_address(self, shard: int) -> str:
+        return f"http://127.0.0.1:{self.prefix}{shard}"
+
+    def environment(self, shard: int, **more: str) -> dict[str, str]:
+        known = {name: text for name, text in os.environ.items() if name not in NAMES}
+        return known | {
+            "SHARD": str(shard),
+            "PORT": f"{self.prefix}{shard}",
+            "DATABASE_URL": f"sqlite:///{self.file(shard)}",
+            "OPENAI_BASE_URL": f"http://127.0.0.1:{self.model_port}/v1",
+            "OPENAI_API_KEY": "sk-x",
+            "MESSAGES_PER_MINUTE": "0",
+            "DRAIN_SECONDS": "0",
+            **more,
+        }
+
+    def begin(self, shard: int, **more: str) -> None:
+        """Start a shard, in a group of its own, as a machine of its own would be."""
+        with (self.folder / f"{shard}.log").open("ab") as log:
+            self.running[shard] = subprocess.Popen(
+                shard_command(self.file(shard), self.replica(shard)),
+                cwd=self.folder, env=self.environment(shard, **more),
+                stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def wait(self, shard: int) -> None:
+        """Wait until a shard serves."""
+        end = time.monotonic() + LIMIT
+        while not answers(self.own_address(shard)):
+            log = (self.folder / f"{shard}.log").read_text("utf-8")
+            assert time.monotonic() < end, log
+            assert self.running[shard].poll() is None, log
+            time.sleep(0.05)
+
+    def kill(self, shard: int) -> None:
+        """End a shard and its Litestream as a power cut does."""
+        process = self.running.pop(shard)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def stop(self, shard: int) -> int:
+        """Stop a shard as systemd does and return its exit status."""
+        process = self.running.pop(shard)
+        process.terminate()
+        return process.wait(LIMIT)
+
+    def forget(self, shard: int) -> None:
+        """Delete a shard's file and all that is beside it."""
+        for each in self.folder.glob(f"*{self.name(shard)}.db*"):
+            if each.is_dir():
+                shutil.rmtree(each)
+            else:
+                each.unlink()
+
+    def proxy(self) -> None:
+        """Start nginx and wait until it answers."""
+        text = NGINX_AROUND.format(configuration=self.configuration())
+        (self.folder / "nginx.conf").write_text(text, "utf-8")
+        assert NGINX is not None
+        with (self.folder / "nginx.log").open("wb") as log:
+            self.nginx = subprocess.Popen(
+                [NGINX, "-p", str(self.folder), "-c", "nginx.conf"],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+        end = time.monotonic() + LIMIT
+        while not answers(self.address):
+            assert time.monotonic() < end, (self.folder / "nginx.log").read_text("utf-8")
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        for shard in list(self.running):
+            self.kill(shard)
+        if self.nginx is not None:
+            self.nginx.terminate()
+            self.nginx.wait(LIMIT)
+
+    async def user_of(self, shard: int) -> str:
+        """Return a new user whose home is that shard, as nginx has it."""
+        for number in itertools.count():
+            user = f"user-{shard}-{number}-{random.random()}"
+            if await self.new_chat(user) // SHARD_IDS == shard:
+                return user
+        raise AssertionError
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shards]:
+    """Three shards behind nginx for a whole chapter."""
+    running = Shards(tmp_path_factory.mktemp("shards"))
+    try:
+        for shard in SHARDS:
+            running.begin(shard)
+        for shard in SHARDS:
+            running.wait(shard)
+        running.proxy()
+        yield running
+    finally:
+        running.end()
+
+
+@pytest.fixture
+async def shards_model(shards: Shards) -> AsyncIterator[Upstream]:
+    """The scripted model of all shards, in which the suite's users have nothing yet."""
+    for user in ("alice", "bob"):
+        answer = await shards.http("DELETE", f"/api/users/{user}")
+        assert answer.status == 204
+    model = Upstream()
+    where = ("127.0.0.1", shards.model_port)
+    async with await asyncio.start_server(model._serve, *where) as server:
+        yield model
+        server.close()
+        await model.stop()
+
+
+BEHIND_NGINX: list[Callable[..., Awaitable[None]]] = [
+    test_a_client_that_knows_only_the_starred_rows,
+    test_a_message_and_its_reply_are_stored_together,
+    test_a_send_without_a_chat_makes_one,
+    test_sync_brings_a_connection_up_to_date,
+    test_regenerate_answers_the_last_message_anew,
+    test_messages_wait_for_their_turn,
+    test_promise_4_closing_every_tab_stops_nothing,
+    test_promise_5_abort_in_the_same_tick_as_the_send,
+    test_promise_5_aborting_a_chat_stops_all_of_it_and_nothing_else,
+    test_abort_of_what_does_not_run_is_refused,
+    test_promise_8_users_do_not_see_each_other,
+    test_a_chat_is_made_and_found,
+    test_a_message_over_http_can_be_streamed,
+    test_search_finds_finished_text_by_all_words,
+    test_a_text_frame_that_is_no_utf_8_closes_with_1007,
+    test_a_frame_over_the_limit_closes_with_1009,
+    test_two_tabs_are_in_step_token_by_token,
+    test_stop_is_a_button_and_a_key_also_before_the_first_token,
+]
+
+
+@needs_parts
+@pytest.mark.parametrize("test", BEHIND_NGINX, ids=lambda test: test.__name__[5:])
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_the_protocol_through_nginx(
+    test: Callable[..., Awaitable[None]], shards: Shards, shards_model: Upstream, tab: Tab
+) -> None:
+    """To a client three shards behind nginx are one service: its own tests pass there."""
+    known = {"service": shards, "shared": shards, "upstream": shards_model, "tab": tab}
+    await test(**{name: known[name] for name in inspect.signature(test).parameters})
+
+
+OTHER_NAMES = ["Zoë", "😀 emoji", "a b", "a?b#c%41", "...", "ann@example.com", "x" * 128]
+
+
+@needs_parts
+@pytest.mark.usefixtures("shards_model")
+@pytest.mark.parametrize("user", [*OTHER_NAMES, 7, 12345678901234567890], ids=str)
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_however_a_user_is_named_the_shard_is_the_same(
+    shards: Shards, user: str | int
+) -> None:
+    """POST /api/chats by body (escaped or not), query and path, the WebSocket and the list of
+    chats go to one shard; a client sees the 201 and never the 307."""
+    path = f"/api/users/{quote(str(user), safe='')}"
+    plain = json.dumps({"user_id": user}, ensure_ascii=False).encode()
+    kind = {"Content-Type": "application/json"}
+    answers = [
+        await shards.http("POST", "/api/chats", {"user_id": user}),
+        await shards.http("POST", "/api/chats", plain, headers=kind),
+        await shards.http("POST", f"/api/chats?user_id={quote(str(user), safe='')}"),
+        await shards.http("POST", f"{path}/chats"),
+    ]
+    assert [answer.status for answer in answers] == [201] * 4
+    assert {answer.json["user_id"] for answer in answers} == {str(user)}
+    ids = [answer.json["id"] for answer in answers]
+    assert [answer.headers["Location"] for answer in answers] == [f"/api/chats/{i}" for i in ids]
+    async with shards.connect(quote(str(user), safe="")) as client:
+        ids.append((await client.say("Hi"))["chat_id"])
+        await client.reply()
+    assert len({i // SHARD_IDS for i in ids}) == 1
+    assert all(10**13 <= i < 10**14 for i in ids), "14 digits"
+    listed = (await shards.http("GET", f"{path}/chats?limit=200")).json
+    assert set(ids) <= {chat["id"] for chat in listed}
+
+
+@needs_parts
+@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_every_way_to_a_chat_leads_to_its_shard(
+    shards: Shards, shards_model: Upstream, shard: int
+) -> None:
+    """By id and by user: read, send, edit, rename, abort, search, export, events, delete."""
+    user = await shards.user_of(shard)
+    held = Held("half")
+    shards_model.scripts = [held]
+    chat_id = await shards.new_chat(user)
+    path = f"/api/chats/{chat_id}"
+    async with shards.connect(user) as client:
+        message = await client.say("What are tides?", chat_id=chat_id)
+        await client.until("token")
+        async with shards.connect(user) as late:
+            assert (await late.get())["type"] == "sync"
+        assert (await shards.http("POST", f"{path}/abort")).status == 200
+        await client.until("aborted", task_id=message["task_id"])
+        await client.say("And waves?", chat_id=chat_id, replaces=message["id"])
+        await client.reply()
+        assert (await shards.http("PATCH", path, {"title": "Sea"})).json["title"] == "Sea"
+        found = (await shards.http("GET", f"/api/users/{user}/search?q=waves")).json
+        assert [each["chat_id"] for each in found] == [chat_id]
+        export = (await shards.http("GET", f"/api/users/{user}/export")).body.splitlines()
+        assert chat_id in [json.loads(line)["id"] for line in export]
+        assert (await shards.http("DELETE", path)).status == 204
+        await client.until("chat_deleted", chat_id=chat_id)
+    assert (await shards.http("GET", path)).status == 404
+
+
+@needs_parts
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_events_pass_nginx_as_they_happen(shards: Shards, shards_model: Upstream) -> None:
+    """An event stream is not buffered: a token arrives while its reply still runs."""
+    shards_model.scripts = [held := Held("first")]
+    url = f"{shards.address}/api/users/alice/events"
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(url) as stream,
+        shards.connect() as client,
+    ):
+        assert stream.headers["Content-Type"].startswith("text/event-stream")
+        await client.say("Hi")
+        async with asyncio.timeout(LIMIT):
+            while b"first" not in await stream.content.readline():
+                pass
+        held.go.set()
+        await client.reply()
+
+
+@needs_parts
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/redoc", "/openapi.json", "/asyncapi.json", "/static/chat.css",
+             "/static/chat.js", "/health", "/api/models"]
+)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_what_is_nobodys_any_shard_answers(shards: Shards, path: str) -> None:
+    """Whatever names no user and no chat is asked of any shard, without an X-Shard."""
+    async with aiohttp.ClientSession() as session, session.get(shards.address + path) as answer:
+        assert answer.status == 200
+
+
+@needs_parts
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_metrics_are_for_the_inside(shards: Shards) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{shards.address}/metrics") as outside,
+        session.get(f"{shards.own_address(10)}/metrics") as inside,
+    ):
+        assert (outside.status, inside.status) == (403, 200)
+
+
+@needs_parts
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_a_shard_that_is_asked_for_another_answers_421(shards: Shards) -> None:
+    """A wrong line in the proxy's map must not give a user chats on a second shard."""
+    async with aiohttp.ClientSession() as session:
+        for name, status in (("10", 200), ("11", 421), ("ten", 421)):
+            url = f"{shards.own_address(10)}/api/users/alice/chats"
+            async with session.get(url, headers={"X-Shard": name}) as answer:
+                assert answer.status == status
+
+
+class Talk:
+    """One user who sends message after message, and keeps what was acknowledged, and when."""
+
+    def __init__(self, shards: Shards, user: str) -> None:
+        self.shards = shards
+        self.user = user
+        self.acknowledged: list[tuple[float, dict[str, Any]]] = []
+        self.faults: list[str] = []
+        self.over = False
+        self._news = asyncio.Event()
+
+    async def run(self) -> None:
+        """Send until `over`. A lost connection is a fault, and another is made."""
+        while not self.over:
+            try:
+                async with self.shards.connect(self.user) as client:
+                    await self._talk(client)
+            except (OSError, TimeoutError, websockets.WebSocketException) as error:
+                self.faults.append(repr(error))
+                await asyncio.sleep(0.05)  # a client's pause before it connects again
+
+    async def _talk(self, client: Client) -> None:
+        while not self.over:
+            message = await client.say(f"{len(self.acknowledged)} of {self.user}")
+            self.acknowledged.append((time.monotonic(), message))
+            self._news.set()
+            await client.until("message")  # the reply's, also one that failed
+            await asyncio.sleep(0.02)
+
+    async def said(self, more: int) -> None:
+        """Wait until that many more were acknowledged."""
+        enough = len(self.acknowledged) + more
+        async with asyncio.timeout(2 * LIMIT):
+            while len(self.acknowledged) < enough:
+                await self._news.wait()
+                self._news.clear()
+
+    async def lost(self, before: float) -> list[int]:
+        """Return the ids acknowledged before that moment that are not there any more.
+
+        An id that is there with other words than its own fails.
+        """
+        missing = []
+        for at, message in self.acknowledged:
+            if at < before:
+                answer = await self.shards.http("GET", f"/api/chats/{message['chat_id']}")
+                there = answer.json.get("messages", [])
+                found = [each for each in there if each["id"] == message["id"]]
+                assert [each["content"] for each in found] in ([], [message["content"]])
+                missing += [] if found else [message["id"]]
+        return missing
+
+
+@contextlib.asynccontextmanager
+async def talking(shards: Shards) -> AsyncIterator[dict[int, Talk]]:
+    """A user of each shard who talks until the block ends."""
+    talks = {shard: Talk(shards, await shards.user_of(shard)) for shard in SHARDS}
+    async with asyncio.TaskGroup() as group:
+        for talk in talks.values():
+            group.create_task(talk.run())
+        try:
+            yield talks
+        finally:
+            for talk in talks.values():
+                talk.over = True
+
+
+def ids_are_single(talks: dict[int, Talk]) -> None:
+    """Every id that was given out means one message, of the shard that it begins with."""
+    for shard, talk in talks.items():
+        ids = [message["id"] for _, message in talk.acknowledged]
+        assert len(ids) == len(set(ids)), "no id means two things"
+        assert {i // SHARD_IDS for i in ids} == {shard}
+
+
+@needs_parts
+@pytest.mark.usefixtures("shards_model")
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_a_dead_machine_costs_its_users_a_moment(shards: Shards) -> None:
+    """A shard is killed -9 with its Litestream and its file is deleted. Started again, it is
+    restored: all that was acknowledged more than two seconds before is there, no id means two
+    things, and the users of the other shards notice nothing."""
+    async with talking(shards) as talks:
+        async with asyncio.timeout(2 * LIMIT):
+            first = time.monotonic()
+            while time.monotonic() < first + 4:  # so that there is something two seconds old
+                await talks[11].said(1)
+        killed = time.monotonic()
+        await asyncio.to_thread(shards.kill, 11)
+        shards.forget(11)
+        for shard in (10, 12):
+            await talks[shard].said(5)
+        shards.begin(11)
+        await asyncio.to_thread(shards.wait, 11)
+        for talk in talks.values():
+            await talk.said(5)
+    assert [talks[shard].faults for shard in (10, 12)] == [[], []]
+    assert talks[11].faults
+    ids_are_single(talks)
+    assert await talks[11].lost(killed - 2) == []
+    assert [await talks[shard].lost(time.monotonic()) for shard in (10, 12)] == [[], []]
+    after = [message for at, message in talks[11].acknowledged if at > killed]
+    assert sum(at < killed - 2 for at, _ in talks[11].acknowledged) > 3
+    assert await messages(shards, after[-1]["chat_id"])
+
+
+@needs_parts
+@pytest.mark.usefixtures("shards_model")
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_a_planned_move_loses_nothing(shards: Shards) -> None:
+    """README, "Growing": stop, restore under the next term, start. Nothing that was acknowledged
+    is lost, and the old term's file and replica are left alone."""
+    assert LITESTREAM is not None
+    async with talking(shards) as talks:
+        await talks[12].said(10)
+        assert await asyncio.to_thread(shards.stop, 12) == 0
+        stopped = time.monotonic()
+        old_file, old_replica = shards.file(12), shards.replica(12)
+        before = old_file.read_bytes()
+        shards.terms[12] += 1
+        words = ["restore", "-o", str(shards.file(12)), f"file://{old_replica}"]
+        restore = await asyncio.create_subprocess_exec(
+            LITESTREAM, *words, stdout=asyncio.subprocess.DEVNULL
+        )
+        assert await asyncio.wait_for(restore.wait(), LIMIT) == 0
+        shards.begin(12)
+        await asyncio.to_thread(shards.wait, 12)
+        assert shards.nginx is not None
+        shards.nginx.send_signal(signal.SIGHUP)  # as `nginx -s reload` does
+        for talk in talks.values():
+            await talk.said(5)
+    assert [talks[shard].faults for shard in (10, 11)] == [[], []]
+    assert await talks[12].lost(stopped) == []
+    ids_are_single(talks)
+    assert old_file.read_bytes() == before
+    assert shards.replica(12).exists()
+
+
+def refused_start(shards: Shards, shard: int, **more: str) -> tuple[int, str]:
+    """Start the service itself on a shard's file; return its status and what it said."""
+    environment = shards.environment(shard, **more) | {"PORT": "0"}
+    program = [sys.executable, str(HERE / "chat_app.py")]
+    done = subprocess.run(
+        program, cwd=shards.folder, env=environment, capture_output=True, text=True,
+        timeout=2 * LIMIT, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+@needs_parts
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_two_services_never_serve_one_shard(shards: Shards) -> None:
+    """A shard's file has one owner: a second service waits for it, then says so and ends."""
+    status, said = await asyncio.to_thread(refused_start, shards, 10)
+    assert status == 2
+    assert "another service uses" in said
+    assert answers(shards.own_address(10))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_a_file_is_of_one_shard_for_ever(tmp_path: Path, upstream: Upstream) -> None:
+    """The file of another shard, an unsharded one under SHARD, and a shard's without it stop the
+    start with one sentence and are left as they were."""
+    shard = {"SHARD": "17"}
+    async with start(tmp_path, upstream, **shard) as service:
+        assert await service.new_chat() == 17 * SHARD_IDS + 10**6 + 1
+        service.process.terminate()
+        assert (await service.ended())[0] == 0
+    async with start(tmp_path, upstream, **shard) as service:
+        assert await service.new_chat() == 17 * SHARD_IDS + 2 * 10**6 + 2
+        service.process.terminate()
+        assert (await service.ended())[0] == 0
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    async with start(plain, upstream) as service:
+        assert await service.new_chat() == 1
+        service.process.terminate()
+        assert (await service.ended())[0] == 0
+    wrong: list[tuple[Path, dict[str, str]]] = [
+        (tmp_path, {"SHARD": "18"}),
+        (tmp_path, {}),
+        (plain, shard),
+    ]
+    for folder, environment in wrong:
+        service = await start(folder, upstream, **environment).start()
+        status, _, said = await service.ended()
+        assert (status, len(said.splitlines())) == (2, 1), said
+        assert "SHARD" in said
+
+
+@pytest.mark.parametrize("shard", ["9", "100", "x"])
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_a_shard_has_two_digits(tmp_path: Path, upstream: Upstream, shard: str) -> None:
+    """Ids of 14 digits stay exact in JavaScript, and ids below 10^12 free for unsharded files."""
+    service = await start(tmp_path, upstream, SHARD=shard).start()
+    status, _, said = await service.ended()
+    assert status == 2
+    assert "SHARD" in said
+
+
+# --- Shards: what the files in deploy/ say ---
+
+
+def kubernetes() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text("utf-8")))
+
+
+def test_kubernetes_takes_every_part_of_its_file() -> None:
+    """deploy/kubernetes.yaml keeps Kubernetes' own schemas, unknown fields refused."""
+    for part in kubernetes():
+        kubernetes_validate.validate(part, "1.31", strict=True)
+
+
+def test_kubernetes_runs_the_command_that_systemd_runs() -> None:
+    """So what the tests here run is what both run."""
+    (shard,) = (part for part in kubernetes() if part["kind"] == "StatefulSet")
+    words = shard["spec"]["template"]["spec"]["containers"][0]["command"]
+    programs = [word.replace("/opt/chat-app/.venv/bin/", "") for word in unit_command()]
+    assert words == [re.sub(r"\$\{(\w+)\}", r"$(\1)", word) for word in programs]
+
+
+def test_the_term_is_in_every_name() -> None:
+    """A stale file or a forgotten process of an older term then harms nobody."""
+    (shard,) = (part for part in kubernetes() if part["kind"] == "StatefulSet")
+    variables = shard["spec"]["template"]["spec"]["containers"][0]["env"]
+    values = {each["name"]: each.get("value", "") for each in variables}
+    assert values["FILE"].endswith("/$(SHARD)-1.db")
+    assert values["REPLICA"].endswith("/$(SHARD)-1")
+    unit = (DEPLOY / "chat@.service").read_text("utf-8")
+    for name in ("FILE", "DATABASE_URL", "REPLICA"):
+        assert re.search(rf"^# +{name}=\S+/17-1(\.db)?$", unit, re.MULTILINE), name
+
+
+@pytest.mark.skipif(NGINX is None, reason="needs nginx (apt-get install nginx)")
+def test_nginx_takes_what_kubernetes_makes_of_its_configuration(tmp_path: Path) -> None:
+    """The Deployment's own words turn deploy/nginx-shards.conf into one for pods."""
+    assert NGINX is not None
+    (door,) = (part for part in kubernetes() if part["kind"] == "Deployment")
+    script = door["spec"]["template"]["spec"]["containers"][0]["command"][2]
+    made = tmp_path / "default.conf"
+    script = replaced(
+        script,
+        ("/config", str(DEPLOY)),
+        ("/etc/nginx/conf.d/default.conf", str(made)),
+        ("exec nginx -g 'daemon off;'", ""),
+    )
+    subprocess.run(["/bin/sh", "-ec", script], check=True, timeout=LIMIT)
+    text = made.read_text("utf-8")
+    assert "ssl" not in text
+    assert "default chat-shard-$shard.chat-shard.default.svc.cluster.local:8005;" in text
+    here = replaced(
+        text,
+        ("kube-dns.kube-system.svc.cluster.local", "127.0.0.1"),
+        ("server chat-any:8005", "server 127.0.0.1:8005"),
+        ("unix:/run/", f"unix:{tmp_path}/"),
+    )
+    (tmp_path / "nginx.conf").write_text(NGINX_AROUND.format(configuration=here), "utf-8")
+    test = [NGINX, "-t", "-p", str(tmp_path), "-c", "nginx.conf"]
+    done = subprocess.run(test, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == 0, done.stderr
