@@ -81,6 +81,9 @@ from starlette.responses import FileResponse, RedirectResponse, Response, Stream
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import InvalidState
 
 if sys.platform != "win32":
     import resource
@@ -2817,8 +2820,6 @@ def require_user(asker: Asker, user_id: str) -> str:
 
 # --- The WebSocket: frames in, frames out. ---
 
-LISTENS_BEFORE_A_YIELD = 8  # frames of one socket, before others get their turn
-
 
 class Socket:
     """The ASGI application behind /ws/{user_id}: one call is one WebSocket, from its handshake
@@ -2865,15 +2866,11 @@ class Socket:
 
     async def _listen(self, websocket: WebSocket, connection: Connection, asker: Asker) -> None:
         """Do what the client asks, one frame after the other. Never waits for a reply."""
-        count = 0
         while (received := await websocket.receive())["type"] != "websocket.disconnect":
             await connection.readable()
             if asker.expired or connection.closing is not None:
                 connection.close(4401, "expired")
                 continue  # nothing is done any more; the close is on its way
-            count += 1
-            if count % LISTENS_BEFORE_A_YIELD == 0:
-                await asyncio.sleep(0)
             await self._take(received.get("text"), connection, asker)
 
     async def _take(self, text: str | None, connection: Connection, asker: Asker) -> None:
@@ -3270,11 +3267,136 @@ class AnyConvertor(PathConvertor):
     regex = "(?s:.*)"
 
 
-# --- Server: SHIM ---
-from uvicorn.protocols.http.h11_impl import H11Protocol as PatientHTTP
-from uvicorn.protocols.websockets.websockets_sansio_impl import (
-    WebSocketsSansIOProtocol as FairWebSocket,
+# --- Server: fair protocols. Bytes in and out; knows nothing of chats. ---
+
+FEED_BYTES = 4096  # of one socket, parsed in one turn of the event loop
+MAX_FRAGMENTS = 1000  # of one message
+MESSAGES_A_TURN = 8  # of one socket, before others get their turn
+HEAD_SECONDS = 20.0  # for the head of a request, once a connection or a part of it is there
+BAD_HANDSHAKE = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+    b"Content-Length: 14\r\n\r\nBad handshake\n"
 )
+
+
+class FairWebSocket(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket, of which no flood takes more than its share of time and memory.
+
+    What one read brings is parsed a little at a time, others in between, and no further than the
+    application has taken it; meanwhile the socket isn't read.
+    """
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._unparsed = b""
+        self._taken = 0
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unparsed = b""
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._unparsed or len(data) > FEED_BYTES:
+            self._unparsed += data
+            self.transport.pause_reading()
+            self._parse_more()
+        else:
+            self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_complete:
+            self.handshake_complete = True  # uvicorn would leave the connection open for ever
+            self.close_sent = True
+            self.transport.write(BAD_HANDSHAKE)
+            self.transport.close()
+
+    def _parse_more(self) -> None:
+        """Parse some of what was read, unless the application has yet to take what was before."""
+        if self.transport.is_closing():
+            self._unparsed = b""
+        if self.read_paused or not self._unparsed:
+            return
+        data = self._unparsed[:FEED_BYTES]
+        self._unparsed = self._unparsed[FEED_BYTES:]
+        self._parse(data)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._unparsed:
+            self.loop.call_soon(self._parse_more)
+        elif not self.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def handle_ping(self) -> None:
+        """Answer, unless the client reads no answers (RFC 6455, 5.5.3: the latest is enough)."""
+        pongs = b"".join(self.conn.data_to_send())
+        if self.writable.is_set():
+            self.transport.write(pongs)
+
+    def handle_cont(self, event: Any) -> None:
+        if len(self.frames) >= MAX_FRAGMENTS and not self.close_sent:
+            self.conn.fail(1009, "too many fragments")
+            self.handle_parser_exception()
+        elif not self.close_sent:
+            super().handle_cont(event)
+
+    async def receive(self) -> Any:
+        message = await self.queue.get()
+        if self.read_paused and self.queue.empty():
+            self.read_paused = False
+            self._go_on()
+        self._taken += 1
+        if self._taken % MESSAGES_A_TURN == 0:
+            await asyncio.sleep(0)
+        return message
+
+    def shutdown(self) -> None:
+        """Close with 1012. Never raises: that would stop uvicorn's loop over the others."""
+        try:
+            if self.handshake_initiated:
+                super().shutdown()
+        except (InvalidState, AssertionError):
+            pass  # the handshake, or the closing one, had not come to its end
+        finally:
+            self.transport.close()
+
+
+class PatientHTTP(H11Protocol):
+    """uvicorn's HTTP, that doesn't wait for ever for a request to go on."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._upgraded = False
+        self._deadline: asyncio.TimerHandle | None = None
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        self._upgraded = True
+        self._unwatch()
+        super().handle_websocket_upgrade(event)
+
+    def _watch(self) -> None:
+        """Begin to wait for a request's head, or stop to, when it has come."""
+        if self._upgraded:
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unwatch()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _unwatch(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 # --- Composition: the parts put together in order, and the process around them. ---

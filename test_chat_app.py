@@ -8326,3 +8326,136 @@ def test_nginx_takes_what_kubernetes_makes_of_its_configuration(tmp_path: Path) 
     test = [NGINX, "-t", "-p", str(tmp_path), "-c", "nginx.conf"]
     done = subprocess.run(test, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# --- Promise 7: no flood takes more than its share ---
+
+UPGRADE = "GET /ws/eve HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+KEY_13 = "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+BAD_HANDSHAKES = {
+    "a body": f"{UPGRADE}{KEY_13}Content-Length: 1\r\n\r\nx",
+    "a header line of 9 KB": f"{UPGRADE}{KEY_13}X-Long: {'x' * 9_000}\r\n\r\n",
+    "200 header lines": f"{UPGRADE}{KEY_13}" + "X-One: 1\r\n" * 200 + "\r\n",
+    "no key": f"{UPGRADE}Sec-WebSocket-Version: 13\r\n\r\n",
+    "a short key": f"{UPGRADE}Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAA\r\n\r\n",
+    "another version": f"{UPGRADE}{KEY_13.replace('13', '7')}\r\n",
+}
+
+
+@contextlib.asynccontextmanager
+async def bytes_to(service: Peer) -> AsyncIterator[tuple[asyncio.StreamReader, Any]]:
+    """Open a connection on which a test says what it likes."""
+    host, _, port = service.address.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+@pytest.mark.parametrize("name", BAD_HANDSHAKES)
+async def test_a_bad_handshake_is_answered_and_closed(shared: Service, name: str) -> None:
+    """A 4xx, then the end: it is not held, whatever is wrong with it."""
+    async with bytes_to(shared) as (reader, writer), asyncio.timeout(LIMIT):
+        writer.write(BAD_HANDSHAKES[name].encode())
+        answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 4"), answer
+
+
+async def test_bad_handshakes_hinder_no_shutdown(process: Callable[..., Process]) -> None:
+    """With them open SIGTERM ends with status 0, and others are told 1012."""
+    async with process() as service, contextlib.AsyncExitStack() as stack:
+        for handshake in BAD_HANDSHAKES.values():
+            for part in (handshake, handshake[:80]):
+                _, writer = await stack.enter_async_context(bytes_to(service))
+                writer.write(part.encode())
+        async with service.connect() as client:
+            await client.send("ping", id="here")
+            await client.until("pong")
+            service.process.send_signal(signal.SIGTERM)
+            assert await client.closed() == 1012
+        status, _, err = await service.ended()
+        assert (status, "Traceback" in err) == (0, False)
+
+
+def masked(opcode: int, payload: bytes = b"") -> bytes:
+    """Return a frame as clients send it, with a mask of zeros, under 126 bytes or over 65,535."""
+    if len(payload) < 126:
+        return bytes([opcode, 0x80 | len(payload)]) + bytes(4) + payload
+    return bytes([opcode, 0xFF]) + struct.pack("!Q", len(payload)) + bytes(4) + payload
+
+
+FLOODS = {
+    "empty pings": masked(0x89) * 40_000,
+    "empty texts": masked(0x81) * 40_000,
+    "pongs": masked(0x8A, b"?") * 40_000,
+    "fragments": (masked(0x01) + masked(0x00) * 900 + masked(0x80)) * 40,
+    "broken JSON of 250 KB": masked(0x81, b'{"a": "' + b"x" * 250_000) * 4,
+}
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["", "without a token"])
+@pytest.mark.parametrize("name", FLOODS)
+async def test_a_flood_costs_others_little(
+    process: Callable[..., Process], name: str, refused: bool
+) -> None:
+    """While one connection sends as fast as it can and reads nothing, also one that is refused,
+    another user's ping is answered soon (promise 7 says a quarter of a second; a machine that
+    runs other tests gets more), and memory stays bounded."""
+    secret = {"JWT_SECRET": SECRET} if refused else {}
+    async with process(**secret) as service:
+        headers = {"additional_headers": bearer("bob")} if refused else {}
+        async with service.connect("bob", **headers) as bob, bytes_to(service) as (_, flood):
+            before = peak_megabytes(service)
+            flood.write(f"{UPGRADE}{KEY_13}\r\n".encode())
+
+            async def send_forever() -> None:
+                with contextlib.suppress(ConnectionError):
+                    while True:
+                        flood.write(FLOODS[name])
+                        await flood.drain()
+
+            flooding = asyncio.create_task(send_forever())
+            worst = 0.0
+            for number in range(30):
+                begun = time.monotonic()
+                await bob.send("ping", id=str(number))
+                await bob.until("pong", id=str(number))
+                worst = max(worst, time.monotonic() - begun)
+            flooding.cancel()
+            assert peak_megabytes(service) - before < 60
+    assert worst < 2, worst
+
+
+async def test_a_message_of_too_many_fragments_closes_with_1009(shared: Service) -> None:
+    """At most 1,000: counted, as empty ones have no bytes."""
+    async with bytes_to(shared) as (reader, writer), asyncio.timeout(LIMIT):
+        writer.write(f"{UPGRADE}{KEY_13}\r\n".encode())
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(masked(0x01) + masked(0x00) * 1_001)
+        close = await reader.read()
+    assert close[2:4] == struct.pack("!H", 1009)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[b"GET /hea"], [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /hea"], [b""]],
+    ids=["half a request", "half a second request", "nothing"],
+)
+async def test_a_request_that_never_ends_is_closed(
+    process: Callable[..., Process], parts: list[bytes]
+) -> None:
+    """Within 30 seconds (shortened here), also after a good request on the same connection."""
+    service = process()
+    service.constants = "chat_app.HEAD_SECONDS = 0.5"
+    async with service, bytes_to(service) as (reader, writer), asyncio.timeout(LIMIT):
+        for part in parts:
+            writer.write(part)
+            if part.endswith(b"\r\n\r\n"):
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", head)
+                assert length
+                await reader.readexactly(int(length[1]))
+        assert await reader.read() == b""
