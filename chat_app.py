@@ -817,6 +817,7 @@ def server_sent(frame: Frame) -> str:
 # --- Rooms: who is connected, and what waits to be sent to them. No sockets. ---
 
 TOO_SLOW = (1013, "too slow")  # how a reader is closed for whom too much waits
+RESTARTS = (1012, "the service restarts")
 OUTBOX_BYTES = 2**22  # that may wait for one reader besides a few endings of the longest replies
 LISTEN_BYTES = 2**18  # above this a reader that doesn't read isn't listened to
 
@@ -963,6 +964,12 @@ class Rooms:
             if connection.wants(reply.row.chat_id, reply.row.task_id):
                 connection.grew(reply, since)
 
+    def close(self, code: int, reason: str) -> None:
+        """Close all connections, each once what waits for it is sent."""
+        for room in self._rooms.values():
+            for connection in room:
+                connection.close(code, reason)
+
     @property
     def all_sent(self) -> bool:
         return all(connection.empty for room in self._rooms.values() for connection in room)
@@ -977,7 +984,7 @@ ENDING_SECONDS = 6.0  # for a stopped reply to be stored, before its asker is to
 SETTLE_SECONDS = 2.0  # at shutdown, for the last endings to be stored
 FLUSH_SECONDS = 0.8  # at shutdown, for the outboxes to empty
 PURGE_SECONDS = 0.02  # between two slices of deleted chats: others' writes come first
-TIDY_SECONDS = 10.0  # between two looks at the size of the WAL
+TIDY_SECONDS = 5.0  # between two looks at the size of the WAL
 EXPORT_CHARS = 500_000  # of messages that an export reads at once
 
 
@@ -1035,7 +1042,8 @@ class Chats:
             connection.push(message_frame(message))
             reply = self.running.get(message.task_id)
             if reply is not None:
-                connection.grew(reply, START)
+                if reply.cursor != START:
+                    connection.grew(reply, START)
                 reply.settled.add_done_callback(lambda _: connection.close(1000, "ended"))
             yield connection
 
@@ -1459,6 +1467,8 @@ class Chats:
         while not self.rooms.all_sent and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
+        self.rooms.close(*RESTARTS)
+
     async def _wait_for_endings(self, seconds: float) -> None:
         settled = [reply.settled for reply in self.running.values()]
         if settled:
@@ -1763,9 +1773,9 @@ class Database:
             self.one("PRAGMA secure_delete = ON")  # deleted words leave the file
             self.one("PRAGMA temp_store = MEMORY")
             # SQLite before 3.51.3 can lose pages where two processes checkpoint at once
-            # (sqlite.org/wal.html#walresetbug). Litestream does, at 1,000 pages and with its own
-            # copy: at 40 MB ours (almost) never comes before, and the WAL is bounded without it.
-            self.one("PRAGMA wal_autocheckpoint = 10000")
+            # (sqlite.org/wal.html#walresetbug). A shard's Litestream does, at 1,000 pages and with
+            # its own SQLite: ours (almost) never comes before at 40 MB, which still bound the WAL.
+            self.one(f"PRAGMA wal_autocheckpoint = {1_000 if shard is None else 10_000}")
             self.one(f"PRAGMA journal_size_limit = {WAL_BYTES}")
             self.migrate(shard)
             self.recover()
