@@ -3061,21 +3061,26 @@ class Endpoints:
     # Chats
 
     async def post_chat(self, request: Request, asker: Asker) -> Response:
-        asked = request.path_params.get("user_id")
-        for_path = asked is not None
-        if asked is None:
-            asked = request.query_params.get("user_id", asker.user_id)
+        """Make a chat of the user in the body, the query or the token; a shard sends its client
+        to the user's own path, by which a proxy finds the user's shard."""
+        asked = request.query_params.get("user_id", asker.user_id)
         body = await self._parse_body(request, NewChat, optional=asked is not None)
-        named = body.user_id if asked is None or body.user_id is not None else asked
+        named = asked if body.user_id is None else str(body.user_id)
         if named is None:
             raise ChatError("invalid_frame", "user_id: is required")
-        user_id = require_user(asker, str(named))
+        user_id = require_user(asker, named)
         if asked is not None:
             require_user(asker, asked)
-            if for_path:
-                user_id = asked
-        if self._settings.shard is not None and not for_path:
+        if self._settings.shard is not None:
             return RedirectResponse(f"/api/users/{quote(user_id, safe='')}/chats", 307, NO_STORE)
+        return await self._create(user_id, body)
+
+    async def post_user_chat(self, request: Request, asker: Asker) -> Response:
+        user_id = self._user_of(request, asker)
+        body = await self._parse_body(request, NewChat, optional=True, user_id=user_id)
+        return await self._create(user_id, body)
+
+    async def _create(self, user_id: str, body: NewChat) -> Response:
         chat = await self._chats.create(user_id, body)
         return json_response(chat, 201, Location=f"/api/chats/{chat.id}")
 
@@ -3272,9 +3277,10 @@ class ListedOrigins(CORSMiddleware):
 
 
 class AnyConvertor(PathConvertor):
-    """Matches whatever stands for a user id, so that a / or a line break is told as its fault."""
+    """Matches whatever stands for a user id, so that a / or a line break is told as its fault;
+    but not what belongs to a user, so that a wrong method there is told as such."""
 
-    regex = "(?s:.*)"
+    regex = "(?s:(?!.*/(?:chats|search|events|export)$).*)"
 
 
 # --- Server: fair protocols. Bytes in and out; knows nothing of chats. ---
@@ -3479,7 +3485,7 @@ def create_app(chats: Chats, access: Access) -> Starlette:
         api.route(f"{chat}/abort", POST=api.post_abort),
         api.route(f"{chat}/messages", POST=api.post_message),
         api.route(f"{chat}/regenerate", POST=api.post_regenerate),
-        api.route(f"{user}/chats", GET=api.get_chats, POST=api.post_chat),
+        api.route(f"{user}/chats", GET=api.get_chats, POST=api.post_user_chat),
         api.route(f"{user}/search", GET=api.get_search),
         api.route(f"{user}/events", GET=api.get_events),
         api.route(f"{user}/export", GET=api.get_export),
