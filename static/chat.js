@@ -667,7 +667,7 @@ function drawThoughts(view, { reasoning, content, status, thoughtMs }) {
   const thinking = status === "streaming" && !content;
   summary.className = thinking ? "dots" : "";
   if (thinking) summary.textContent = "Thinking";
-  else if (thoughtMs)
+  else if (thoughtMs !== undefined)
     summary.textContent = `Thought for ${Math.max(1, Math.round(thoughtMs / 1000))} s`;
   else summary.textContent = "Thoughts";
   if (text.textContent !== reasoning) text.textContent = reasoning;
