@@ -3137,6 +3137,8 @@ class Endpoints:
             chat_id = query_number(request, "chat_id", 1, MAX_ID)
             asked = Asker(user_id)
             await self._chats.store.read(lambda db: db.own_chat(asked, chat_id))
+        if request.method == "HEAD":
+            return Response(headers=EVENT_HEADERS, media_type="text/event-stream")
         stack = AsyncExitStack()
         connection = stack.enter_context(self._chats.join(user_id, chat_id))
         stack.enter_context(closing_at_expiry(connection, asker))
@@ -3277,8 +3279,13 @@ class ListedOrigins(CORSMiddleware):
 
 
 class AnyConvertor(PathConvertor):
-    """Matches whatever stands for a user id, so that a / or a line break is told as its fault;
-    but not what belongs to a user, so that a wrong method there is told as such."""
+    """Matches whatever stands for a user id, so that a / or a line break is told as its fault."""
+
+    regex = "(?s:.*)"
+
+
+class LastConvertor(AnyConvertor):
+    """The same at a path's end: what belongs to a user has routes, and methods, of its own."""
 
     regex = "(?s:(?!.*/(?:chats|search|events|export)$).*)"
 
@@ -3474,6 +3481,7 @@ def document(name: str) -> Handler:
 def create_app(chats: Chats, access: Access) -> Starlette:
     """Return the ASGI application with every path of docs/protocol.md."""
     register_url_convertor("any", AnyConvertor())
+    register_url_convertor("last", LastConvertor())
     settings = chats.settings
     api = Endpoints(chats, access)
     chat = "/api/chats/{chat_id}"
@@ -3489,7 +3497,7 @@ def create_app(chats: Chats, access: Access) -> Starlette:
         api.route(f"{user}/search", GET=api.get_search),
         api.route(f"{user}/events", GET=api.get_events),
         api.route(f"{user}/export", GET=api.get_export),
-        api.route(user, DELETE=api.delete_user),
+        api.route("/api/users/{user_id:last}", DELETE=api.delete_user),
         api.route("/api/models", GET=api.get_models),
         api.route("/health", GET=api.get_health),
         api.route("/metrics", GET=api.get_metrics),

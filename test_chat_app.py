@@ -2589,10 +2589,11 @@ async def test_a_second_service_waits_for_the_first(tmp_path: Path, upstream: Up
 
     def has_opened(process: Process) -> bool:
         # It listens, and then waits for the database.
-        links = list(Path(f"/proc/{process.process.pid}/fd").iterdir())
-        return any(
-            str(link.readlink()).startswith("socket:") for link in links if link.is_symlink()
-        )
+        names = []
+        for link in Path(f"/proc/{process.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                names.append(str(link.readlink()))
+        return any(name.startswith("socket:") for name in names)
 
     async with Process(tmp_path, OPENAI_BASE_URL=upstream.url, DRAIN_SECONDS=0) as first:
         async with first.connect() as client:
@@ -5603,9 +5604,8 @@ async def test_events_of_one_chat(service: Service, upstream: Upstream) -> None:
     async with service.connect() as client:
         other = await client.say("Other")
         mine = await client.say("Mine")
-        seen: set[str] = set()
-        while len(seen) < 2:
-            seen.add((await client.until("token"))["task_id"])
+        while len({f["task_id"] for f in client.frames if f["type"] == "token"}) < 2:
+            await client.get()
         async with listening(service, query=f"?chat_id={mine['chat_id']}") as events:
             sync = await events.get()
             assert sync is not None

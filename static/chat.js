@@ -188,12 +188,7 @@ function receive(frame) {
 // Adds a token's text. Returns whether no more has to be drawn than this text.
 function grow(reply, { token, reasoning, seq }) {
   const before = [Boolean(reply.content), Boolean(reply.reasoning)].join();
-  if (reasoning) {
-    reply.reasoning = (reply.reasoning ?? "") + reasoning;
-    reply.thinkingSince ??= Date.now();
-  }
-  if (token && reply.thinkingSince && !reply.content)
-    reply.thoughtMs = Date.now() - reply.thinkingSince;
+  if (reasoning) reply.reasoning = (reply.reasoning ?? "") + reasoning;
   reply.content += token;
   reply.seq = seq;
   return before === [Boolean(reply.content), Boolean(reply.reasoning)].join();
@@ -652,7 +647,7 @@ function drawBody(view, message) {
 }
 
 // What the model thought aloud is folded, with the seconds that it took where this page saw it.
-function drawThoughts(view, { reasoning, content, status, thoughtMs }) {
+function drawThoughts(view, { reasoning, content, status }) {
   if (!reasoning) return;
   if (!view.thoughts) {
     view.thoughts = el(
@@ -666,9 +661,11 @@ function drawThoughts(view, { reasoning, content, status, thoughtMs }) {
   const [summary, text] = view.thoughts.children;
   const thinking = status === "streaming" && !content;
   summary.className = thinking ? "dots" : "";
+  if (thinking) view.thinkingSince ??= Date.now();
+  else if (view.thinkingSince) view.thoughtMs ??= Date.now() - view.thinkingSince;
   if (thinking) summary.textContent = "Thinking";
-  else if (thoughtMs !== undefined)
-    summary.textContent = `Thought for ${Math.max(1, Math.round(thoughtMs / 1000))} s`;
+  else if (view.thoughtMs !== undefined)
+    summary.textContent = `Thought for ${Math.max(1, Math.round(view.thoughtMs / 1000))} s`;
   else summary.textContent = "Thoughts";
   if (text.textContent !== reasoning) text.textContent = reasoning;
 }
