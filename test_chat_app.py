@@ -1423,7 +1423,10 @@ async def test_methods_are_kept_apart(shared: Service, path: str) -> None:
             answer = await shared.http(method, path)
             assert (answer.status, answer.json["code"]) == (405, "method_not_allowed"), method
     head = await shared.http("HEAD", path)
-    assert head.status == ((await shared.http("GET", path)).status if "get" in verbs else 405)
+    if path.endswith("/events"):  # whose GET has no end
+        assert head.status == 200
+    else:
+        assert head.status == ((await shared.http("GET", path)).status if "get" in verbs else 405)
     assert head.body == b""
 
 
