@@ -2386,7 +2386,8 @@ async def test_no_request_breaks_anything(settings: Make) -> None:
             schemathesis.openapi.from_url, f"{service.address}/openapi.json"
         )
         operations = [each.ok() for each in schema.get_all_operations() if isinstance(each, Ok)]
-        assert len(operations) >= 14  # all but GET /openapi.json itself
+        operations = [each for each in operations if not each.path.endswith("/events")]  # endless
+        assert len(operations) >= 20
 
         def fuzz(operation: Any, mode: schemathesis.GenerationMode) -> None:
             @hypothesis.settings(FUZZ, max_examples=10)
