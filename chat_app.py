@@ -59,6 +59,7 @@ from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 import aiohttp
 import aiosqlite
 import filelock
+import h11
 import httpx2
 import jwt
 import openai
@@ -81,6 +82,7 @@ from starlette.responses import FileResponse, RedirectResponse, Response, Stream
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
@@ -3302,54 +3304,73 @@ BAD_HANDSHAKE = (
 )
 
 
-class FairWebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket, of which no flood takes more than its share of time and memory.
+class FairlyParsed(asyncio.Protocol):
+    """A protocol that parses what one read brings a little at a time, others in between.
 
-    What one read brings is parsed a little at a time, others in between, and no further than the
-    application has taken it; meanwhile the socket isn't read.
+    Nor does it go further than the application has taken what was before. Meanwhile the socket
+    isn't read: what waits here is no more than two reads. Stands before uvicorn's class.
     """
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._unparsed = b""
-        self._taken = 0
-        super().connection_made(transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._unparsed = b""
-        super().connection_lost(exc)
+    transport: asyncio.Transport
+    loop: asyncio.AbstractEventLoop
+    _unparsed = b""
+    _scheduled = False  # once at most: each turn that is scheduled would schedule the next
 
     def data_received(self, data: bytes) -> None:
         if self._unparsed or len(data) > FEED_BYTES:
             self._unparsed += data
-            self.transport.pause_reading()
-            self._parse_more()
+            self._go_on()
         else:
             self._parse(data)
 
     def _parse(self, data: bytes) -> None:
         super().data_received(data)
+
+    def _untaken(self) -> bool:
+        """Return whether the application has yet to take what was before."""
+        raise NotImplementedError
+
+    def _go_on(self) -> None:
+        """Parse some more soon, or read on where nothing is left."""
+        if self.transport.is_closing():
+            self._unparsed = b""
+        elif self._unparsed:
+            self.transport.pause_reading()  # uvicorn may have resumed it
+            if not self._scheduled and not self._untaken():
+                self._scheduled = True
+                self.loop.call_soon(self._parse_some)
+        elif not self._untaken():
+            self.transport.resume_reading()
+
+    def _parse_some(self) -> None:
+        self._scheduled = False
+        if self._unparsed and not self._untaken() and not self.transport.is_closing():
+            data = self._unparsed[:FEED_BYTES]
+            self._unparsed = self._unparsed[FEED_BYTES:]
+            self._parse(data)
+        self._go_on()
+
+
+class FairWebSocket(FairlyParsed, WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket, of which no flood takes more than its share of time and memory."""
+
+    _taken = 0
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            super()._parse(data)
+        except InvalidState:  # not UTF-8, and closed right behind it: uvicorn closes it again
+            self.close_sent = True
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.transport.close()
         if self.conn.handshake_exc is not None and not self.handshake_complete:
             self.handshake_complete = True  # uvicorn would leave the connection open for ever
             self.close_sent = True
             self.transport.write(BAD_HANDSHAKE)
             self.transport.close()
 
-    def _parse_more(self) -> None:
-        """Parse some of what was read, unless the application has yet to take what was before."""
-        if self.transport.is_closing():
-            self._unparsed = b""
-        if self.read_paused or not self._unparsed:
-            return
-        data = self._unparsed[:FEED_BYTES]
-        self._unparsed = self._unparsed[FEED_BYTES:]
-        self._parse(data)
-        self._go_on()
-
-    def _go_on(self) -> None:
-        if self._unparsed:
-            self.loop.call_soon(self._parse_more)
-        elif not self.read_paused and not self.transport.is_closing():
-            self.transport.resume_reading()
+    def _untaken(self) -> bool:
+        return self.read_paused
 
     def handle_ping(self) -> None:
         """Answer, unless the client reads no answers (RFC 6455, 5.5.3: the latest is enough)."""
@@ -3366,7 +3387,7 @@ class FairWebSocket(WebSocketsSansIOProtocol):
 
     async def receive(self) -> Any:
         message = await self.queue.get()
-        if self.read_paused and self.queue.empty():
+        if self.queue.empty() and (self.read_paused or self._unparsed):
             self.read_paused = False
             self._go_on()
         self._taken += 1
@@ -3385,27 +3406,65 @@ class FairWebSocket(WebSocketsSansIOProtocol):
             self.transport.close()
 
 
-class PatientHTTP(H11Protocol):
-    """uvicorn's HTTP, that doesn't wait for ever for a request to go on."""
+class ParsingFlow(FlowControl):
+    """uvicorn's flow control, that lets the parser go on before the socket is read again."""
+
+    def __init__(self, transport: asyncio.Transport, go_on: Callable[[], None]) -> None:
+        super().__init__(transport)
+        self._go_on = go_on
+
+    def resume_reading(self) -> None:
+        if self.read_paused:
+            self.read_paused = False
+            self._go_on()
+
+
+class PatientHTTP(FairlyParsed, H11Protocol):
+    """uvicorn's HTTP, that doesn't wait for ever for a request to go on.
+
+    Fair, too: h11 takes 20 µs for a chunk of a body, which may hold one byte.
+    """
+
+    _upgraded = False
+    _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._upgraded = False
-        self._deadline: asyncio.TimerHandle | None = None
+        self.flow = ParsingFlow(transport, self._go_on)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
         super().connection_lost(exc)
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+    def _parse(self, data: bytes) -> None:
+        super()._parse(data)
         self._watch()
+
+    def _untaken(self) -> bool:
+        return self.flow.read_paused
 
     def handle_websocket_upgrade(self, event: Any) -> None:
         self._upgraded = True
+        self._unparsed = b""  # nobody may send frames before the answer
         self._unwatch()
         super().handle_websocket_upgrade(event)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP. Where an answer has begun, nothing can be said any more."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+            super().send_400_response(msg)
+        self.transport.close()
+
+    def on_response_complete(self) -> None:
+        """Give the rest of a body that was answered before its end the time of an idle client."""
+        unfinished = self.conn.their_state is h11.SEND_BODY
+        super().on_response_complete()
+        if unfinished and self._deadline is None:
+            self._deadline = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
 
     def _watch(self) -> None:
         """Begin to wait for a request's head, or stop to, when it has come."""
