@@ -86,6 +86,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
+from websockets.protocol import State
 
 if sys.platform != "win32":
     import resource
@@ -3298,9 +3299,10 @@ FEED_BYTES = 4096  # of one socket, parsed in one turn of the event loop
 MAX_FRAGMENTS = 1000  # of one message
 MESSAGES_A_TURN = 8  # of one socket, before others get their turn
 HEAD_SECONDS = 20.0  # for the head of a request, once a connection or a part of it is there
-BAD_HANDSHAKE = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n"
-    b"Content-Length: 14\r\n\r\nBad handshake\n"
+LINGER_SECONDS = 1.0  # for the other side to take our last words and close
+BAD_REQUEST = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\n"
+    b"Connection: close\r\n\r\n"
 )
 
 
@@ -3315,8 +3317,11 @@ class FairlyParsed(asyncio.Protocol):
     loop: asyncio.AbstractEventLoop
     _unparsed = b""
     _scheduled = False  # once at most: each turn that is scheduled would schedule the next
+    _ending = False
 
     def data_received(self, data: bytes) -> None:
+        if self._ending:
+            return
         if self._unparsed or len(data) > FEED_BYTES:
             self._unparsed += data
             self._go_on()
@@ -3350,6 +3355,22 @@ class FairlyParsed(asyncio.Protocol):
             self._parse(data)
         self._go_on()
 
+    def _end_with(self, last_words: bytes) -> None:
+        """Say something, take no notice of what still comes, and close in a moment.
+
+        A socket that is closed over bytes that it hasn't read is reset, and the other side, or a
+        proxy in between, may never see what was said last (RFC 9112, 9.6).
+        """
+        if self._ending or self.transport.is_closing():
+            return
+        self._ending = True
+        self._unparsed = b""
+        self.transport.write(last_words)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.transport.resume_reading()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
 
 class FairWebSocket(FairlyParsed, WebSocketsSansIOProtocol):
     """uvicorn's WebSocket, of which no flood takes more than its share of time and memory."""
@@ -3360,14 +3381,25 @@ class FairWebSocket(FairlyParsed, WebSocketsSansIOProtocol):
         try:
             super()._parse(data)
         except InvalidState:  # not UTF-8, and closed right behind it: uvicorn closes it again
-            self.close_sent = True
-            self.transport.write(b"".join(self.conn.data_to_send()))
-            self.transport.close()
+            self._end_with(b"".join(self.conn.data_to_send()))
         if self.conn.handshake_exc is not None and not self.handshake_complete:
             self.handshake_complete = True  # uvicorn would leave the connection open for ever
-            self.close_sent = True
-            self.transport.write(BAD_HANDSHAKE)
-            self.transport.close()
+            self._end_with(BAD_REQUEST + b"Bad handshake.")
+
+    def handle_parser_exception(self) -> None:
+        """Close with the code that the parser has chosen."""
+        close = self.conn.close_sent
+        assert close is not None
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": close.code})
+        self._end_with(b"".join(self.conn.data_to_send()))
+
+    def _end_with(self, last_words: bytes) -> None:
+        super()._end_with(last_words)
+        self.close_sent = True
+        if self.close_timer is not None:
+            self.close_timer.cancel()
+        # uvicorn closes at once behind an application that has returned, but for this.
+        self.close_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _untaken(self) -> bool:
         return self.read_paused
@@ -3375,7 +3407,7 @@ class FairWebSocket(FairlyParsed, WebSocketsSansIOProtocol):
     def handle_ping(self) -> None:
         """Answer, unless the client reads no answers (RFC 6455, 5.5.3: the latest is enough)."""
         pongs = b"".join(self.conn.data_to_send())
-        if self.writable.is_set():
+        if self.writable.is_set() and not self._ending:
             self.transport.write(pongs)
 
     def handle_cont(self, event: Any) -> None:
@@ -3397,13 +3429,11 @@ class FairWebSocket(FairlyParsed, WebSocketsSansIOProtocol):
 
     def shutdown(self) -> None:
         """Close with 1012. Never raises: that would stop uvicorn's loop over the others."""
-        try:
-            if self.handshake_initiated:
-                super().shutdown()
-        except (InvalidState, AssertionError):
-            pass  # the handshake, or the closing one, had not come to its end
-        finally:
-            self.transport.close()
+        self.stop_keepalive()
+        if self.handshake_complete and self.conn.state is State.OPEN:
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": 1012})
+            self.conn.send_close(1012)
+        self._end_with(b"".join(self.conn.data_to_send()))
 
 
 class ParsingFlow(FlowControl):
@@ -3455,9 +3485,14 @@ class PatientHTTP(FairlyParsed, H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
-            super().send_400_response(msg)
-        self.transport.close()
+        answered = self.conn.our_state not in {h11.IDLE, h11.SEND_RESPONSE}
+        self._end_with(b"" if answered else BAD_REQUEST + msg.encode())
+
+    def shutdown(self) -> None:
+        if self._ending:
+            self.transport.close()  # h11 would raise, and stop uvicorn's loop over the others
+        else:
+            super().shutdown()
 
     def on_response_complete(self) -> None:
         """Give the rest of a body that was answered before its end the time of an idle client."""

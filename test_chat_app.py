@@ -8393,7 +8393,7 @@ async def bytes_to(service: Peer) -> AsyncIterator[tuple[asyncio.StreamReader, A
     try:
         yield reader, writer
     finally:
-        writer.close()
+        writer.transport.abort()  # a close would wait until all is sent that nobody takes
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
 
@@ -8473,6 +8473,49 @@ async def test_a_flood_costs_others_little(
             flooding.cancel()
             assert peak_megabytes(service) - before < 60
     assert worst < 2, worst
+
+
+LAST_WORDS = {
+    "a frame over the limit": (masked(0x81, b"x" * 500_000), b"\x03\xf1"),  # 1009
+    "too many fragments": (masked(0x01) + masked(0x00) * 1_001, b"\x03\xf1"),
+    "no UTF-8": (masked(0x81, b"\xff"), b"\x03\xef"),  # 1007
+    "a reserved bit": (masked(0xF1), b"\x03\xea"),  # 1002
+}
+
+
+@pytest.mark.parametrize("name", LAST_WORDS)
+async def test_who_goes_on_sending_is_told_the_reason(shared: Service, name: str) -> None:
+    """A socket closed over bytes that nobody has read is reset, and its last words with it."""
+    fault, code = LAST_WORDS[name]
+    async with bytes_to(shared) as (reader, writer), asyncio.timeout(LIMIT):
+        writer.write(f"{UPGRADE}{KEY_13}\r\n".encode())
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(fault + masked(0x8A, b"?") * 400_000)
+        said = await reader.read()
+    assert (said[0], said[2:4]) == (0x88, code)
+
+
+async def test_who_goes_on_sending_what_is_no_http_is_told_so(shared: Service) -> None:
+    """uvicorn's 400 arrives, too."""
+    async with bytes_to(shared) as (reader, writer), asyncio.timeout(LIMIT):
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 5_000_000)
+        said = await reader.read()
+    assert said.startswith(b"HTTP/1.1 400 "), said[:100]
+
+
+async def test_who_goes_on_sending_is_told_of_the_restart(
+    process: Callable[..., Process],
+) -> None:
+    """1012 arrives where a client is in the middle of something."""
+    async with process() as service, bytes_to(service) as (reader, writer):
+        writer.write(f"{UPGRADE}{KEY_13}\r\n".encode())
+        async with asyncio.timeout(LIMIT):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(masked(0x8A, b"?") * 4_000_000)
+            service.process.send_signal(signal.SIGTERM)
+            said = await reader.read()
+        assert said[2:4] == struct.pack("!H", 1012)
+        assert (await service.ended())[0] == 0
 
 
 async def test_a_message_of_too_many_fragments_closes_with_1009(shared: Service) -> None:
