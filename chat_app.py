@@ -3022,7 +3022,10 @@ class Endpoints:
             if path.startswith("/api/"):
                 check_shard(request.headers, self._settings.shard)
                 asker = await self._access.identify(request)
-            return await handlers[method](request, asker)
+            try:
+                return await handlers[method](request, asker)
+            except asyncio.CancelledError:  # the service ends, and this has taken too long
+                raise ChatError("overloaded", "The service stops.", retry_after=1) from None
 
         return Route(path, endpoint, methods=list(handlers))
 

@@ -3413,6 +3413,25 @@ async def test_a_locked_database_does_not_keep_the_service_from_ending(
         assert stored(service, task_id).status == "interrupted"
 
 
+async def test_a_request_that_the_end_finds_unanswered_is_refused(
+    process: Callable[..., Process],
+) -> None:
+    """With 503, as what comes after it: an end of the service is no fault of its own (500)."""
+    service = process()
+    service.constants = "chat_app.EXIT_SECONDS, chat_app.BUSY_SECONDS = 3.0, 600"
+    async with service:
+        chat_id = await service.new_chat()
+        with contextlib.closing(sqlite3.connect(service.database, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            waiting = asyncio.create_task(
+                service.http("PATCH", f"/api/chats/{chat_id}", {"title": "later"})
+            )
+            await asyncio.sleep(0.1)  # it is on its way, and would wait for ten minutes
+            service.process.terminate()
+            refused = await waiting
+    assert (refused.status, refused.json["code"]) == (503, "overloaded")
+
+
 async def test_a_database_that_stays_locked(service: Service, upstream: Upstream) -> None:
     """While another program locks it, reading works and tokens flow; what is sent fails with
     `internal`; endings wait, and come when the lock is gone."""
