@@ -8,6 +8,7 @@ it is killed or reads its environment.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import base64
 import contextlib
 import dataclasses
@@ -347,6 +348,110 @@ class Service(Peer):
         await asyncio.to_thread(self._thread.join)
 
 
+# Importing what the service imports takes a second of CPU, starting it a tenth of that. So one
+# Python a worker imports it, and each service is a copy of that one: from there on a process as
+# `python chat_app.py` is, with its own memory, signals and end. Between them stands a keeper, which
+# tells how it ended.
+NURSERY = """
+import json, os, signal, socket, sys
+import chat_app
+door = socket.socket(fileno=int(sys.argv[1]))
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are nobody's children
+while order := socket.recv_fds(door, 2**20, 3)[:2]:
+    text, descriptors = order
+    if not text:
+        sys.exit()
+    if os.fork() == 0:
+        break
+    for descriptor in descriptors:
+        os.close(descriptor)
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+door.close()
+out, err, report = descriptors
+order = json.loads(text)
+if pid := os.fork():
+    os.close(out)
+    os.close(err)
+    os.write(report, f"{pid}\\n".encode())
+    os.write(report, str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+    os._exit(0)
+os.dup2(out, 1)
+os.dup2(err, 2)
+for descriptor in descriptors:
+    os.close(descriptor)
+os.chdir(order["cwd"])
+os.environ.clear()
+os.environ.update(order["environment"])
+exec(order["constants"])
+sys.exit(chat_app.main(order["arguments"]))
+"""
+
+
+@functools.cache
+def nursery() -> socket.socket:
+    """Start it, once a worker; it ends when nobody holds the other end of its socket any more."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-c", NURSERY, str(theirs.fileno())]
+    known = {name: text for name, text in os.environ.items() if name not in NAMES}
+    with theirs:
+        program = subprocess.Popen(
+            command, cwd=HERE, env=known, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+        )
+    atexit.register(program.wait)
+    atexit.register(ours.close)
+    return ours
+
+
+class Fork:
+    """A copy of the nursery, to be used as an asyncio.subprocess.Process."""
+
+    def __init__(self, pid: int, *streams: asyncio.StreamReader) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self.stdout, self.stderr, report = streams
+        self._end = asyncio.create_task(self._read_status(report))
+
+    @classmethod
+    async def of_the_nursery(cls, **order: Any) -> Self:
+        pipes = [os.pipe() for _ in range(3)]
+        ends = [write for _, write in pipes]
+        socket.send_fds(nursery(), [json.dumps(order).encode()], ends)
+        loop = asyncio.get_running_loop()
+        streams: list[asyncio.StreamReader] = []
+        for read, write in pipes:
+            os.close(write)
+            stream = asyncio.StreamReader()
+            protocol = asyncio.StreamReaderProtocol(stream)
+            await loop.connect_read_pipe(
+                functools.partial(lambda made: made, protocol), os.fdopen(read, "rb", 0)
+            )
+            streams.append(stream)
+        return cls(int(await streams[2].readline()), *streams)
+
+    async def _read_status(self, report: asyncio.StreamReader) -> None:
+        self.returncode = int(await report.read())
+
+    async def wait(self) -> int:
+        await self._end
+        assert self.returncode is not None
+        return self.returncode
+
+    async def communicate(self) -> tuple[bytes, bytes]:
+        said = await asyncio.gather(self.stdout.read(), self.stderr.read())
+        await self._end
+        return said[0], said[1]
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
 class Process(Peer):
     """The service as its users start it: `python chat_app.py` with an environment."""
 
@@ -357,19 +462,16 @@ class Process(Peer):
         settings = {"PORT": "0", **{name: str(value) for name, value in environment.items()}}
         self.environment = known | settings
         self.constants = ""  # Python that sets others in chat_app, for what would take too long
-        self.process: asyncio.subprocess.Process
+        self.process: Fork | asyncio.subprocess.Process
         self.banner: list[str] = []
 
     async def start(self, *arguments: str) -> Self:
-        code = f"""import sys; sys.path.insert(0, {str(HERE)!r}); import chat_app
-{self.constants}
-sys.exit(chat_app.main({[*arguments]}))"""
-        program = ["-c", code] if self.constants else [str(HERE / "chat_app.py"), *arguments]
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, *program,
-            cwd=self.folder, env=self.environment,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+        self.process = await Fork.of_the_nursery(
+            cwd=str(self.folder),
+            environment=self.environment,
+            constants=self.constants,
+            arguments=arguments,
+        )
         return self
 
     async def __aenter__(self) -> Self:
