@@ -7899,7 +7899,7 @@ def free_prefix() -> int:
     for prefix in random.sample(range(110, 320), 200):
         with contextlib.ExitStack() as stack:
             try:
-                for last in (*SHARDS, 98, 99):
+                for last in (*SHARDS, 97, 98, 99):
                     probe = stack.enter_context(socket.socket())
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind(("127.0.0.1", prefix * 100 + last))
@@ -8096,6 +8096,36 @@ BEHIND_NGINX: list[Callable[..., Awaitable[None]]] = [
     test_two_tabs_are_in_step_token_by_token,
     test_stop_is_a_button_and_a_key_also_before_the_first_token,
 ]
+
+
+class ShardsAndMore(Shards):
+    """Three shards and, as README.md has it, a service without one that was there before."""
+
+    def configuration(self) -> str:
+        readme = (HERE / "README.md").read_text("utf-8")
+        maps = re.search(r"^map \$user \$of_old.+?^```", readme, re.MULTILINE | re.DOTALL)
+        assert maps
+        text = re.sub(
+            r"map \$uri \$shard \{.*?\n\}\n", "MAPS", super().configuration(), flags=re.DOTALL
+        )
+        return replaced(
+            text,
+            ("MAPS", replaced(maps[0].removesuffix("```"), (r"1\d|2[0-5]", "1[0-2]"))),
+            ("''      any_shard;", f"old 127.0.0.1:{self.prefix}97; '' any_shard;"),
+            ("X-Shard $shard;", "X-Shard $x_shard;"),
+        )
+
+    def list_users(self, database: Path) -> None:
+        """Write nginx's list of the old database's users by README.md's own command."""
+        readme = (HERE / "README.md").read_text("utf-8")
+        command = re.search(r'^sqlite3 chat.db "(.*)" > old-users.map$', readme, re.MULTILINE)
+        assert command
+        sql = subprocess.run(
+            ["/bin/sh", "-c", f'printf %s "{command[1]}"'], check=True, capture_output=True
+        ).stdout.decode()
+        with contextlib.closing(sqlite3.connect(database)) as db:
+            lines = [row[0] + "\n" for row in db.execute(sql)]
+        (self.folder / "old-users.map").write_text("".join(lines), "utf-8")
 
 
 @needs_parts
@@ -8459,6 +8489,40 @@ def test_kubernetes_runs_the_command_that_systemd_runs() -> None:
     words = shard["spec"]["template"]["spec"]["containers"][0]["command"]
     programs = [word.replace("/opt/chat-app/.venv/bin/", "") for word in unit_command()]
     assert words == [re.sub(r"\$\{(\w+)\}", r"$(\1)", word) for word in programs]
+
+
+@needs_parts
+@pytest.mark.slow
+@pytest.mark.xdist_group("shards")
+async def test_an_unsharded_database_is_one_more_shard(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its users keep their chats and get new ones there, everybody else a shard by the hash."""
+    old_users = ["ann", "Zoë", 'a "b" \\ c', "a;b"]
+    shards = ShardsAndMore(tmp_path_factory.mktemp("more"))
+    old = Process(tmp_path, PORT=f"{shards.prefix}97", MESSAGES_PER_MINUTE=0)
+    try:
+        async with old:
+            chats = {user: await old.new_chat(user) for user in old_users}
+            shards.list_users(old.database)
+            for shard in SHARDS:
+                shards.begin(shard)
+            for shard in SHARDS:
+                shards.wait(shard)
+            shards.proxy()
+            for user, chat_id in chats.items():
+                assert (await shards.http("GET", f"/api/chats/{chat_id}")).json["user_id"] == user
+                new = await shards.new_chat(user)
+                assert chat_id < new < SHARD_IDS
+                async with shards.connect(quote(user, safe="")) as client:
+                    message = await client.say("hello", chat_id=new)
+                    assert (await client.reply())["reply_to"] == message["id"]
+                listed = await shards.http("GET", f"/api/users/{quote(user, safe='')}/chats")
+                assert {chat["id"] for chat in listed.json} == {chat_id, new}
+            for number in range(20):
+                assert await shards.new_chat(f"newcomer {number}") // SHARD_IDS in SHARDS
+    finally:
+        shards.end()
 
 
 def test_the_term_is_in_every_name() -> None:
