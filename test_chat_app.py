@@ -5964,8 +5964,9 @@ async def test_tokens_of_an_identity_provider_are_taken(
     settings: Make, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PROTOCOL.md, JWT_JWKS_URL: fetched when needed, kept, fetched anew for an unknown `kid`;
-    what no key of it has signed is 401 and 4401."""
-    monkeypatch.setattr(chat_app, "KEYS_PAUSE_SECONDS", 0.0)  # or it rotates too soon
+    what no key of it has signed is 401 and 4401. A key that is new right after a fetch waits for
+    the next one, which no flood of unknown keys makes come sooner."""
+    monkeypatch.setattr(chat_app, "KEYS_PAUSE_SECONDS", 0.3)
     async with Provider() as provider:
         provider.rotate("one", method)
         async with Service(settings(jwt_jwks_url=provider.url)) as service:
@@ -6696,6 +6697,12 @@ SCRIPTS = [
     ("データ", "このデータベースは速い", True),
     ("ខ្មែរ", "ខ្ញុំរៀនភាសាខ្មែរ", True),
     ("데이터", "데이터베이스를 옮겼다", True),
+    ("हिन्", "मुझे हिन्दी आती है", True),
+    ("हुन्", "मुझे हिन्दी आती है", False),
+    ("தமிழ்", "தமிழ் ஒரு மொழி", True),
+    ("தமாழ்", "தமிழ் ஒரு மொழி", False),
+    ("سلام", "سَلَامٌ عليكم", True),
+    ("שלום", "שָׁלוֹם לכם", True),
 ]
 
 
@@ -6725,7 +6732,7 @@ async def test_a_word_counts_once_in_a_search(service: Service) -> None:
     text = "the one two three four five six seven eight nine"
     await post(service, await service.new_chat(), text)
     assert await found(service, "the " * 250) == [text]
-    assert await found(service, f"{text} " * 20) == [text]
+    assert await found(service, f"{text} " * 40) == [text]
     more = quote(" ".join(f"word{number}" for number in range(250)))
     answer = await service.http("GET", f"/api/users/alice/search?q={more}")
     assert answer.status in {200, 422}
