@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import hashlib
 import ipaddress
 import json
@@ -48,7 +49,14 @@ import uuid
 import zlib
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -456,12 +464,12 @@ class Reply:
 
     def _append(self, known: list[str], pieces: list[str], limit: int) -> bool:
         for piece in pieces:
-            kept = piece[: limit - self.chars]
-            if kept:
-                known.append(kept)
-                self.chars += len(kept)
-            if len(kept) < len(piece):
+            if self.chars + len(piece) > limit:
+                known.extend(filter(None, [piece[: limit - self.chars]]))
+                self.chars = limit
                 return True
+            known.append(piece)
+            self.chars += len(piece)
         return False
 
 
@@ -852,7 +860,9 @@ class Connection:
         return not self._outbox
 
     def wants(self, chat_id: int | None, task_id: str | None) -> bool:
-        return self._chat_id in {None, chat_id} and self._task_id in {None, task_id}
+        if self._chat_id is not None and self._chat_id != chat_id:
+            return False
+        return self._task_id is None or self._task_id == task_id
 
     def grew(self, reply: Reply, since: Cursor | None) -> None:
         """Note that `reply` has more than `since`; the first cursor since the last frame counts."""
@@ -1156,18 +1166,28 @@ class Chats:
         """
         if isinstance(action, SendMessage):
             self._check_message(action)
-        known = await self.store.read(lambda db: db.check_ask(user_id, action))
-        if known is not None:
+        try:
+            ahead = self._admit(user_id, action)
+        except ChatError:
+            known = await self.store.read(lambda db: db.check_ask(user_id, action))
+            if known is None:
+                raise
             return Accepted(user_id, known)
         task_id = str(uuid.uuid4())
-        with self._place(user_id, action):
-            if isinstance(action, Regenerate):
+        place = self._hold_place(action.chat_id, ahead)
+
+        def take_place(accepted: Accepted) -> None:
+            place.close()  # at once, so that no place is counted twice
+            self._accepted(accepted)
+
+        try:
+            with place:
                 return await self.store.write(
-                    lambda db: db.answer_anew(user_id, action, task_id), then=self._accepted
+                    lambda db: db.accept(user_id, action, task_id), then=take_place
                 )
-            return await self.store.write(
-                lambda db: db.accept(user_id, action, task_id), then=self._accepted
-            )
+        except ChatError:
+            self._rate.give_back(user_id)
+            raise
 
     def _check_message(self, action: SendMessage) -> None:
         most = self.settings.max_message_chars
@@ -1176,31 +1196,14 @@ class Chats:
         if action.replaces is not None and action.chat_id is None:
             raise ChatError("invalid_frame", "chat_id: is required with replaces")
 
-    @contextmanager
-    def _place(self, user_id: str, action: Ask) -> Iterator[None]:
-        """Admit a message: reserve its place until it is stored; ChatError if there is none."""
-        chat_id = action.chat_id
-        ahead = len(self.lines.get(chat_id or 0, ()))
-        if chat_id is not None:
-            ahead += self._reserved[chat_id]
-        self._check_place(action, ahead)
-        self._rate.take(user_id)
-        self._reserved[chat_id] += 1
-        self._starting += ahead == 0
-        try:
-            yield
-        except ChatError:
-            self._rate.give_back(user_id)
-            raise
-        finally:
-            self._starting -= ahead == 0
-            self._reserved[chat_id] -= 1
-            if not self._reserved[chat_id]:
-                del self._reserved[chat_id]
-
-    def _check_place(self, action: Ask, ahead: int) -> None:
+    def _admit(self, user_id: str, action: Ask) -> int:
+        """Let a message in, one of its user's for this minute; return how many replies of its
+        chat are ahead of its own. ChatError `busy`, `overloaded` or `rate_limited`."""
         if self.draining:
             raise ChatError("overloaded", "The service restarts.", retry_after=5)
+        ahead = 0
+        if action.chat_id is not None:
+            ahead = len(self.lines.get(action.chat_id, ())) + self._reserved[action.chat_id]
         alone = isinstance(action, Regenerate) or action.replaces is not None
         if alone and ahead:
             raise ChatError("busy")
@@ -1208,6 +1211,23 @@ class Chats:
             raise ChatError("busy", "This chat has too many messages waiting.")
         if not ahead and len(self.lines) + self._starting >= self.settings.max_running_replies:
             raise ChatError("overloaded", "The service writes too many replies.", retry_after=5)
+        self._rate.take(user_id)
+        return ahead
+
+    def _hold_place(self, chat_id: int | None, ahead: int) -> ExitStack:
+        """Hold the place of a message that was let in, until what is returned is closed."""
+        starts = ahead == 0
+        self._reserved[chat_id] += 1
+        self._starting += starts
+        place = ExitStack()
+        place.callback(self._free_place, chat_id, starts)
+        return place
+
+    def _free_place(self, chat_id: int | None, starts: bool) -> None:
+        self._starting -= starts
+        self._reserved[chat_id] -= 1
+        if not self._reserved[chat_id]:
+            del self._reserved[chat_id]
 
     async def abort(
         self, asker: Asker, chat_id: int | None = None, task_id: str | None = None
@@ -1255,9 +1275,10 @@ class Chats:
 
     def _accepted(self, accepted: Accepted) -> None:
         """Announce what was just committed and put the reply in its chat's line."""
-        if accepted.reply is None:
-            return
         user_id = accepted.user_id
+        if accepted.reply is None:  # stored before: nothing is new
+            self._rate.give_back(user_id)
+            return
         frames = [message_frame(accepted.message)]
         if accepted.chat is not None:
             frames.insert(0, chat_frame(accepted.chat))
@@ -1334,9 +1355,10 @@ class Chats:
     def _grow(self, reply: Reply, delta: Delta) -> bool:
         """Append what came and note it for all who read; True if MAX_REPLY_CHARS cut any."""
         since = reply.cursor
+        chars = reply.chars
         cut = reply.add(delta, self.settings.max_reply_chars)
-        if reply.cursor != since:
-            if since == START:
+        if reply.chars > chars:
+            if not chars:
                 self.metrics.first_token.observe(time.monotonic() - reply.created)
             self.rooms.grew(reply, since)
         return cut
@@ -1747,6 +1769,7 @@ def snippet(content: str, words: list[str]) -> str:
 class Database:
     """The operations: plain SQL, in a transaction, on the thread of one connection."""
 
+    # The columns of a chat and of a message are their fields, in the fields' order.
     CHAT = ", ".join(column.name for column in fields(Chat))
     MESSAGE = ", ".join(f"messages.{column.name}" for column in fields(Message))
 
@@ -2011,15 +2034,19 @@ class Database:
         if self.one(sql, chat_id, message_id, message_id):
             raise ChatError("not_current")
 
-    def accept(self, user_id: str, action: SendMessage, task_id: str) -> Accepted:
+    def accept(self, user_id: str, action: Ask, task_id: str) -> Accepted:
         """Store a message and its empty reply, and their chat if there is none."""
-        known = self.check_ask(user_id, action)
+        if isinstance(action, Regenerate):
+            return self.answer_anew(user_id, action, task_id)
+        known = self.sent(user_id, action.client_msg_id)
         if known is not None:
             return Accepted(user_id, known)
         if action.chat_id is None:
             chat = self.create_chat(user_id, "")
         else:
             chat = self.own_chat(Asker(user_id), action.chat_id)
+        if action.replaces is not None:
+            self.check_current(chat.id, action.replaces)
         message = self.insert_message(chat, action, task_id)
         reply = self.insert_reply(chat, message.id, task_id)
         if action.client_msg_id is not None:
@@ -2511,7 +2538,8 @@ class ChunkStream:
         delta = Delta([], [], alive=False)
         try:
             for line in lines:
-                delta = self._read_line(line, delta)
+                if line:  # an empty one ends an event
+                    delta = self._read_line(line, delta)
                 if self.done:
                     break
             if len(self._rest) > MAX_LINE_BYTES:
@@ -2527,8 +2555,6 @@ class ChunkStream:
         return self._release(delta) if last else delta
 
     def _read_line(self, line: bytes, delta: Delta) -> Delta:
-        if not line:  # it ends an event
-            return delta
         before = self._before
         after = self._after
         if line.startswith(before) and line.endswith(after):
@@ -3769,6 +3795,7 @@ def run_service(settings: Settings) -> None:
         if settings.host not in {"127.0.0.1", "localhost", "::1"} and not settings.asks_for_tokens:
             hint = "set JWT_SECRET: without it everybody is believed to be who they say"
             log_event("open to the network", logging.WARNING, host=settings.host, hint=hint)
+        gc.freeze()  # a full collection would stop all for 0.03 s to look at what was imported
         loop_factory = uvicorn.Config("", log_config=None).get_loop_factory()
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(serve(settings, listener, lambda _: announce(settings, listener)))
