@@ -47,7 +47,7 @@ import unicodedata
 import urllib.request
 import uuid
 import zlib
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import (
     AsyncExitStack,
@@ -530,7 +530,7 @@ class RateLimit:
 
     def __init__(self, most: int) -> None:
         self._most = most  # 0: no limit
-        self._buckets: dict[str, tuple[float, float]] = {}  # tokens left, and when; oldest first
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # left, and when
 
     def take(self, key: str) -> None:
         """Take one token of `key`; ChatError `rate_limited` if it has none."""
@@ -1030,7 +1030,7 @@ class Chats:
         self.lines: dict[int, list[Reply]] = {}
         self.draining = False
         self._rate = RateLimit(settings.messages_per_minute)
-        self._reserved: Counter[int | None] = Counter()  # places in chats; None: in a new one
+        self._reserved: Counter[int | None] = Counter()  # places in chats, of messages on their way
         self._starting = 0  # of those, the ones whose reply starts at once
         self._deleted = asyncio.Event()
 
@@ -1040,7 +1040,7 @@ class Chats:
     def join(self, user_id: str, chat_id: int | None = None) -> Iterator[Connection]:
         """Let a reader in, brought up to date by `sync`; ChatError if that can't be now."""
         if self.draining:
-            raise ChatError("interrupted", "The service restarts.", retry_after=5)
+            raise ChatError("overloaded", "The service restarts.", retry_after=5)
         self.rooms.check_places(user_id)
         with self.rooms.join(user_id, chat_id) as connection:
             for reply in self.running.values():
@@ -1048,13 +1048,17 @@ class Chats:
                     connection.grew(reply, None)
             yield connection
 
-    @contextmanager
-    def follow(self, user_id: str, message: Message) -> Iterator[Connection]:
+    @asynccontextmanager
+    async def follow(self, user_id: str, message: Message) -> AsyncIterator[Connection]:
         """Join for the one task that answers `message`: all its frames, from the first on."""
         with self.rooms.join(user_id, message.chat_id, message.task_id) as connection:
             connection.push(message_frame(message))
             reply = self.running.get(message.task_id)
-            if reply is not None:
+            if reply is None:  # a retry of what has ended
+                for frame in ending_frames(await self.reply_to(message)):
+                    connection.push(frame)
+                connection.close(1000, "ended")
+            else:
                 if reply.cursor != START:
                     connection.grew(reply, START)
                 reply.settled.add_done_callback(lambda _: connection.close(1000, "ended"))
@@ -1091,21 +1095,20 @@ class Chats:
 
     async def history(self, asker: Asker, chat_id: int, limit: int, before: int) -> dict[str, Any]:
         """Return a chat and the newest of its messages before id `before`, `limit` at most."""
-        while True:
-            page = await self.store.read(lambda db: db.history(asker, chat_id, limit, before))
-            rows = [self._so_far(row) for row in page.messages]
-            shown = [row for row in rows if row is not None]
-            if len(shown) == len(rows):  # else a reply ended since it was read: read it again
-                return asdict(page.chat) | {"messages": shown, "has_more": page.has_more}
+        page = await self.store.read(lambda db: db.history(asker, chat_id, limit, before))
+        shown = [await self._up_to_date(row) for row in page.messages]
+        return asdict(page.chat) | {"messages": shown, "has_more": page.has_more}
 
-    def _so_far(self, row: Message) -> Message | None:
-        """Return `row` with its text so far if it runs; None if it has ended meanwhile."""
+    async def _up_to_date(self, row: Message) -> Message:
+        """Return `row` with its text so far if it runs, or as it has ended since it was read."""
         if row.status is not Status.STREAMING:
             return row
         reply = self.running.get(row.task_id)
-        if reply is None:
-            return None
-        return replace(row, content=reply.text, reasoning=reply.reasoning)
+        if reply is not None:
+            return replace(row, content=reply.text, reasoning=reply.reasoning)
+        with suppress(ChatError):  # deleted meanwhile
+            return await self.reply_to(row)
+        return row
 
     async def export(self, user_id: str) -> AsyncIterator[bytes]:
         """Yield a line of JSON for each chat of the user, with all its messages, in parts."""
@@ -1120,8 +1123,7 @@ class Chats:
         yield to_json(chat).removesuffix(b"}") + b',"messages":['
         rows = await self._messages_after(chat_id, 0)
         while rows:
-            shown = [self._so_far(row) or row for row in rows]
-            yield b",".join(to_json(row) for row in shown)
+            yield b",".join([to_json(await self._up_to_date(row)) for row in rows])
             rows = await self._messages_after(chat_id, rows[-1].id)
             if rows:
                 yield b","
@@ -1255,7 +1257,8 @@ class Chats:
         if reply is None:  # ended, or never was
             await self.store.read(lambda db: db.find_task(asker, task_id, chat_id))
             raise ChatError("not_running")
-        if not asker.may_see(reply.user_id) or chat_id not in {None, reply.row.chat_id}:
+        is_elsewhere = chat_id is not None and chat_id != reply.row.chat_id
+        if is_elsewhere or not asker.may_see(reply.user_id):
             raise ChatError("task_not_found")
         return reply
 
@@ -1279,19 +1282,19 @@ class Chats:
         if accepted.reply is None:  # stored before: nothing is new
             self._rate.give_back(user_id)
             return
-        frames = [message_frame(accepted.message)]
-        if accepted.chat is not None:
-            frames.insert(0, chat_frame(accepted.chat))
-        self.rooms.publish(user_id, frames)
         settled = asyncio.get_running_loop().create_future()
         reply = Reply(user_id, accepted.reply, settled)
         self.running[reply.row.task_id] = reply
         line = self.lines.setdefault(reply.row.chat_id, [])
         line.append(reply)
-        log_event("accepted", user=user_id, **reply.row.ids)
         self._start(line[0])
         if self.draining:
             self._stop(reply, Status.INTERRUPTED)
+        log_event("accepted", user=user_id, **reply.row.ids)
+        frames = [message_frame(accepted.message)]
+        if accepted.chat is not None:
+            frames.insert(0, chat_frame(accepted.chat))
+        self.rooms.publish(user_id, frames)
 
     def _start(self, reply: Reply) -> asyncio.Task[None]:
         """Return the task that writes `reply`, from now on if it has waited."""
@@ -1381,6 +1384,7 @@ class Chats:
             report.finish_reason = None
         else:
             error = task.exception()
+            # What fails after the model has said that it is done takes nothing away.
             if error is not None and report.finish_reason is None:
                 status = Status.FAILED
                 report.finish_reason = self._code_of(reply, error)
@@ -1409,11 +1413,11 @@ class Chats:
         line.remove(reply)
         if not line:
             del self.lines[row.chat_id]
-        self.rooms.publish(reply.user_id, ending_frames(row))
         reply.settled.set_result(row)
-        self._count(reply, row)
         if line:
             self._start(line[0])
+        self._count(reply, row)
+        self.rooms.publish(reply.user_id, ending_frames(row))
 
     def _count(self, reply: Reply, row: Message) -> None:
         pieces = sum(reply.cursor)
@@ -1666,13 +1670,13 @@ class Store:
         self._metrics.commits.inc()
         self._metrics.operations.inc(len(batch))
         for done, outcome in zip(batch, outcomes, strict=True):
-            self._announce(done, outcome)
+            self._tell(done, outcome)
 
     def stop(self) -> None:
         """Let `write_forever` end once all that is queued is stored."""
         self._queue.put_nowait(None)
 
-    def _announce(self, write: Write, outcome: Any) -> None:
+    def _tell(self, write: Write, outcome: Any) -> None:
         """Tell the outcome. The caller may have been cancelled; what is committed is true."""
         failed = isinstance(outcome, Exception)
         if failed and write.insist:
@@ -2090,7 +2094,7 @@ class Database:
         return self.message(self.one(sql, chat.id, chat.user_id, now(), task_id, reply_to))
 
     def append_pieces(self, news: list[News]) -> None:
-        """Checkpoint running replies: what has come is added, not what they are written anew."""
+        """Checkpoint running replies: only what is new of their text is written."""
         sql = """INSERT INTO pieces (message_id, position, text, reasoning)
                  SELECT id, :position, :text, :reasoning FROM messages
                  WHERE id = :message_id AND status = 'streaming'"""
@@ -2118,7 +2122,9 @@ class Database:
                   FROM messages JOIN chats ON chats.id = chat_id
                   WHERE task_id = ? AND is_ai AND NOT deleted"""
         row = self.one(sql, task_id)
-        if row is None or not asker.may_see(row["owner"]) or chat_id not in {None, row["chat_id"]}:
+        if row is None or not asker.may_see(row["owner"]):
+            raise ChatError("task_not_found")
+        if chat_id is not None and chat_id != row["chat_id"]:
             raise ChatError("task_not_found")
         return self.message(row)
 
@@ -2218,10 +2224,10 @@ def newest_current(rows: Iterator[Any], most_chars: int) -> list[Turn]:
     """
     turns: list[Turn] = []
     answered: set[int] = set()
-    out_from = MAX_ID  # the first id that a later message stands in the place of
+    replaced_from = MAX_ID  # the first id that a later message stands in the place of
     for row in rows:
-        current = row["id"] < out_from
-        out_from = min(out_from, row["replaces"] or MAX_ID)
+        current = row["id"] < replaced_from
+        replaced_from = min(replaced_from, row["replaces"] or MAX_ID)
         if not current or row["reply_to"] in answered:
             continue
         if row["is_ai"]:
@@ -2878,6 +2884,9 @@ class Socket:
             check_shard(websocket.headers, self._chats.settings.shard)
             asker = await self._access.identify(websocket)
             user_id = require_user(asker, websocket.path_params["user_id"])
+            if self._chats.draining:
+                await websocket.close(*RESTARTS)
+                return
             with self._chats.join(user_id) as connection:
                 await self._talk(websocket, connection, replace(asker, user_id=user_id))
         except ChatError as error:
@@ -3238,12 +3247,7 @@ class Endpoints:
             reply = await self._chats.reply_to(message)
             return json_response({"message": message, "reply": reply}, 201)
         stack = AsyncExitStack()
-        connection = stack.enter_context(self._chats.follow(user_id, message))
-        if message.task_id not in self._chats.running:  # a retry of what has ended
-            ended = await self._chats.reply_to(message)
-            for frame in ending_frames(ended):
-                connection.push(frame)
-            connection.close(1000, "ended")
+        connection = await stack.enter_async_context(self._chats.follow(user_id, message))
         events = self._events(connection, stack, NEVER_RETRY)
         return StreamingResponse(events, 200, EVENT_HEADERS, "text/event-stream")
 
@@ -3557,34 +3561,26 @@ API_PAGE_POLICY = (
 )
 
 
-class StaticHeaders:
-    """Files as they are, under a policy: pages of this origin run what lies in static/ alone."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *FILE_HEADERS]
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
+FILE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
 
 
-FILE_HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"same-origin"),
-    (b"cache-control", b"no-cache"),
-]
+class PageFiles(StaticFiles):
+    """What lies in static/, under the policy: pages of this origin run nothing else."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers.update(FILE_HEADERS | {"Content-Security-Policy": PAGE_POLICY})
+        return response
 
 
 def page(name: str, policy: str) -> Handler:
     async def handler(_request: Request, _asker: Asker) -> Response:
-        headers = {name.decode(): text.decode() for name, text in FILE_HEADERS}
-        return FileResponse(
-            HERE / "static" / name, headers={**headers, "Content-Security-Policy": policy}
-        )
+        headers = FILE_HEADERS | {"Content-Security-Policy": policy}
+        return FileResponse(HERE / "static" / name, headers=headers)
 
     return handler
 
@@ -3628,7 +3624,7 @@ def create_app(chats: Chats, access: Access) -> Starlette:
         api.route("/docs", GET=page("swagger.html", API_PAGE_POLICY)),
         api.route("/redoc", GET=page("redoc.html", API_PAGE_POLICY)),
         api.route("/", GET=page("chat.html", PAGE_POLICY)),
-        Mount("/static", StaticHeaders(StaticFiles(directory=HERE / "static"))),
+        Mount("/static", PageFiles(directory=HERE / "static")),
     ]
     cors = Middleware(
         ListedOrigins,
@@ -3674,10 +3670,10 @@ def address_of(listener: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn with promise 10: drained before it closes its connections."""
 
-    def __init__(self, chats: Chats, app: Starlette, announce: Callable[[], None]) -> None:
+    def __init__(self, chats: Chats, app: Starlette, ready: Callable[[], None]) -> None:
         settings = chats.settings
         self._chats = chats
-        self._announce = announce
+        self._ready = ready
         # h11: httptools would take headers of any size. No deflate: half the memory when idle.
         config = uvicorn.Config(
             app,
@@ -3700,7 +3696,7 @@ class Server(uvicorn.Server):
         on_main_thread = threading.current_thread() is threading.main_thread()
         if on_main_thread and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self.handle_exit)  # a terminal that is closed
-        self._announce()
+        self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log_event("stopping")
@@ -3798,10 +3794,10 @@ def run_service(settings: Settings) -> None:
         gc.freeze()  # a full collection would stop all for 0.03 s to look at what was imported
         loop_factory = uvicorn.Config("", log_config=None).get_loop_factory()
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            runner.run(serve(settings, listener, lambda _: announce(settings, listener)))
+            runner.run(serve(settings, listener, lambda _: print_banner(settings, listener)))
 
 
-def announce(settings: Settings, listener: socket.socket) -> None:
+def print_banner(settings: Settings, listener: socket.socket) -> None:
     """Say where the service is and which model answers."""
     is_demo = settings.openai_api_key is None and settings.openai_base_url is None
     name = "demo (it understands nothing: set OPENAI_API_KEY for a model)"

@@ -2168,14 +2168,14 @@ async def test_metrics_count(service: Service, upstream: Upstream) -> None:
     assert "Hi" not in text
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/redoc"])
+@pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/static/chat.html", "/static/chat.js"])
 async def test_pages_load_and_run_only_what_they_name(shared: Service, path: str) -> None:
     """What comes from elsewhere has an exact version and its hash; the policy lets no other
     script run, and no page be framed."""
     page = await shared.http("GET", path)
     html, policy = page.body.decode(), page.headers["Content-Security-Policy"]
     loaded = re.findall(r'<(?:script|link)[^>]* (?:src|href)="https:[^>]+>', html)
-    assert bool(loaded) == (path != "/")
+    assert bool(loaded) == (path in {"/docs", "/redoc"})
     for tag in loaded:
         assert re.search(r'@\d+\.\d+\.\d+/.* integrity="sha384-[\w+/]{64}" crossorigin=', tag), tag
     scripts = policy.partition("script-src")[2].partition(";")[0]
@@ -3709,6 +3709,21 @@ async def test_rounds_of_kill_9_under_load(
     assert worst["rounds with late text"] <= 1 + rounds // 50  # a machine may stall now and then
     assert not any(worst[fault] for fault in CRASH_FAULTS)
     gc.collect()  # asyncio forgets to close what was killed while it was accepted
+
+
+async def test_an_announcement_that_fails_stops_nothing(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored goes on: replies end, the next one has its turn, chats are read and deleted."""
+
+    def publish(*_: Any) -> None:
+        raise RuntimeError("a fault in telling")
+
+    monkeypatch.setattr(chat_app.Rooms, "publish", publish)
+    chat_id, _ = await conversation(service, "one", "two")
+    assert [m["status"] for m in await messages(service, chat_id)] == ["complete"] * 4
+    assert (await service.http("DELETE", f"/api/chats/{chat_id}")).status == 204
+    assert (await service.http("GET", f"/api/chats/{chat_id}")).status == 404
 
 
 # --- The database in trouble ---
