@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import gc
 import gzip
+import importlib
 import inspect
 import itertools
 import json
@@ -597,8 +598,8 @@ def conforms(method: str, path: str, answer: Answer) -> None:
         assert keys[-1] in operations[verb]["responses"], (method, path, answer.status, answer.body)
         response = operations[verb]["responses"][keys[-1]]
     else:
-        keys = ["components", "responses"]
-        keys += [{403: "Forbidden", 404: "NotFound", 405: "MethodNotAllowed"}[answer.status]]
+        keys = ["components", "responses", {403: "Forbidden"}.get(answer.status, "NotFound")]
+        assert answer.status in {403, 404, 405}
         response = {"$ref": "#/" + "/".join(keys)}
     keys = response["$ref"].split("/")[1:] if "$ref" in response else keys
     response = resolve(response)
@@ -1865,6 +1866,98 @@ async def test_asyncapi_yaml_has_the_frames_of_openapi_yaml(shared: Service) -> 
         known = [one["$ref"].split("/")[-1] for one in schemas[frames]["oneOf"]]
         assert listed == known
         assert set(listed) <= set(messages)
+
+
+def npm_file(folder: Path, package: str, name: str) -> bytes:
+    """Return a file of an npm package; skip the test where there is no npm or no registry."""
+    archive = folder / f"{package.replace('@', '-').replace('/', '-').lstrip('-')}.tgz"
+    if not archive.exists():
+        npm = [shutil.which("npm") or "false", "pack", "--fetch-retries=0", package]
+        done = subprocess.run(npm, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"needs npm and its registry: {package}")
+        (folder / done.stdout.split()[-1]).rename(archive)
+    with tarfile.open(archive) as packed:
+        content = packed.extractfile(f"package/{name}")
+        assert content is not None
+        return content.read()
+
+
+def test_asyncapi_yaml_keeps_its_own_schema(tmp_path: Path) -> None:
+    """AsyncAPI publishes a JSON schema of its documents."""
+    schema = json.loads(npm_file(tmp_path, "@asyncapi/specs@6.11.1", "schemas/3.0.0.json"))
+    document = yaml.safe_load((HERE / "docs" / "asyncapi.yaml").read_text("utf-8"))
+    assert list(jsonschema.Draft7Validator(schema).iter_errors(document)) == []
+
+
+LINTERS = {
+    "@redocly/cli@2.77.0": "redocly lint --format=json {}",
+    "@stoplight/spectral-cli@6.16.3": "spectral lint --fail-severity=hint --ruleset=rules.yaml {}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", LINTERS)
+def test_openapi_yaml_is_without_a_warning(package: str, tmp_path: Path) -> None:
+    """Of redocly's recommended rules, and of spectral's for OpenAPI."""
+    npm = [shutil.which("npm") or "false", "install", "--fetch-retries=0", package]
+    if subprocess.run(npm, cwd=tmp_path, capture_output=True, check=False).returncode:
+        pytest.skip(f"needs npm and its registry: {package}")
+    (tmp_path / "rules.yaml").write_text("extends: spectral:oas\n", "utf-8")
+    program, *words = LINTERS[package].format(HERE / "docs" / "openapi.yaml").split()
+    command = [str(tmp_path / "node_modules" / ".bin" / program), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if program == "redocly":
+        assert json.loads(done.stdout)["totals"] == {"errors": 0, "warnings": 0, "ignored": 0}
+
+
+async def test_a_generated_client_holds_a_conversation(
+    service: Service, upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """openapi-python-client makes one from openapi.yaml that needs nothing else; what is refused
+    can be read from it, too. It has no word for lines of JSON: that is its one warning."""
+    (tmp_path / "config.yaml").write_text("post_hooks: []\n", "utf-8")
+    program = [sys.executable, "-m", "openapi_python_client", "generate", "--meta=none"]
+    files = ["--config=config.yaml", "--output-path=made_client"]
+    command = [*program, f"--path={HERE / 'docs' / 'openapi.yaml'}", *files]
+    done = await asyncio.to_thread(
+        subprocess.run, command, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert re.findall(r"(?m)^WARNING.*", done.stdout + done.stderr) == [
+        "WARNING parsing GET /api/users/{user_id}/export within users."
+    ]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made: Any = importlib.import_module("made_client")
+    models: Any = importlib.import_module("made_client.models")
+
+    async def call(operation: str, *values: Any, **fields: Any) -> Any:
+        """Return what the client has parsed of an answer."""
+        function = importlib.import_module(f"made_client.api.{operation}").asyncio
+        return await function(*values, client=client, **fields)
+
+    upstream.scripts = [says("Hello"), says("Again")]
+    async with made.Client(base_url=service.address) as client:
+        chat = await call("chats.create_chat", body=models.NewChat(user_id="ada", title="Tides"))
+        said = await call(
+            "messages.send_message", chat.id, body=models.NewMessage(content="Why two?")
+        )
+        assert (said.message.content, said.reply.content) == ("Why two?", "Hello")
+        assert said.reply.status == "complete"
+        anew = await call("messages.regenerate", chat.id)
+        assert anew.reply.reply_to == said.message.id
+        changed = await call("chats.change_chat", chat.id, body=models.ChatChange(title="Moon"))
+        assert [one.title for one in await call("users.list_chats", "ada")] == [changed.title]
+        shown = await call("chats.get_chat", chat.id, limit=2)
+        assert [m.content for m in shown.messages] == ["Hello", "Again"]
+        assert shown.has_more
+        (found,) = await call("users.search_messages", "ada", q="again")
+        assert found.id == anew.reply.id
+        refused = await call("messages.abort", chat.id)
+        assert (refused.status, refused.code) == (409, "not_running")
+        await call("chats.delete_chat", chat.id)
+        gone = await call("chats.get_chat", chat.id)
+        assert (gone.status, gone.code) == (404, "chat_not_found")
 
 
 def test_protocol_md_names_every_frame_path_and_code() -> None:
@@ -5092,15 +5185,7 @@ def documentation(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, 
     files = {}
     for url in re.findall(rf'"({cdn}[^"]+)"', html):
         package, _, name = url.removeprefix(cdn).partition("/")
-        archive = tmp_path / f"{package.replace('@', '-')}.tgz"
-        if not archive.exists():
-            npm = [shutil.which("npm") or "false", "pack", "--fetch-retries=0", package]
-            if subprocess.run(npm, cwd=tmp_path, capture_output=True, check=False).returncode:
-                pytest.skip(f"needs npm and its registry: {package}")
-        with tarfile.open(archive) as packed:
-            content = packed.extractfile(f"package/{name}")
-            assert content is not None
-            files[url] = content.read()
+        files[url] = npm_file(tmp_path, package, name)
     assert files
     if request.param == "redoc":  # the badge that it puts under its menu
         files["https://cdn.redoc.ly/redoc/logo-mini.svg"] = b"<svg/>"
@@ -5117,8 +5202,9 @@ async def test_the_documentation_shows_every_operation(
         "swagger": ("/docs", ".opblock-summary-control"),
         "redoc": ("/redoc", "[id^='operation/']"),
     }[name]
-    paths = (await service.http("GET", "/openapi.json")).json["paths"]
-    parts = [part for methods in paths.values() for part in methods.values()]
+    document = (await service.http("GET", "/openapi.json")).json
+    paths = [*document["paths"].values(), *document["webhooks"].values()]
+    parts = [part for methods in paths for part in methods.values()]
     operations = [part for part in parts if "operationId" in part]
     async with tab(service, path, files=files, **DESKTOP) as page:
         shown = sum(len(operation["tags"]) for operation in operations)  # once under each tag
