@@ -87,7 +87,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, RedirectResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -210,6 +210,9 @@ class Settings(BaseSettings):
 
 LOG_LINES = 10_000  # that wait for a slow terminal, pipe or disk; what comes then is dropped
 LOG_END_SECONDS = 1.0  # for those at the end of the process
+WAIT_BUCKETS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]  # in seconds
+REPLY_BUCKETS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+COMMIT_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5]
 
 
 def now() -> str:
@@ -306,15 +309,14 @@ class Metrics:
         self.operations = self._counter("chat_operations", "Operations in those transactions")
         self.dropped = self._counter("chat_dropped_readers", "Connections that did not read")
         self.first_token = self._times(
-            "chat_first_token_seconds", "From a message to its first piece"
+            "chat_first_token_seconds", "From a message to its first piece", WAIT_BUCKETS
         )
         self.duration = self._times(
-            "chat_reply_seconds", "From a message to its end", 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1e3
+            "chat_reply_seconds", "From a message to its end", REPLY_BUCKETS
         )
         self.latency = self._times(
-            "chat_commit_seconds", "Duration of a transaction",
-            0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5,
-        )  # fmt: skip
+            "chat_commit_seconds", "Duration of a transaction", COMMIT_BUCKETS
+        )
 
     def _gauge(self, name: str, about: str) -> prometheus.Gauge:
         return prometheus.Gauge(name, about, registry=self.registry)
@@ -322,9 +324,8 @@ class Metrics:
     def _counter(self, name: str, about: str) -> prometheus.Counter:
         return prometheus.Counter(name, about, registry=self.registry)
 
-    def _times(self, name: str, about: str, *buckets: float) -> prometheus.Histogram:
-        edges = buckets or prometheus.Histogram.DEFAULT_BUCKETS
-        return prometheus.Histogram(name, about, buckets=edges, registry=self.registry)
+    def _times(self, name: str, about: str, buckets: list[float]) -> prometheus.Histogram:
+        return prometheus.Histogram(name, about, buckets=buckets, registry=self.registry)
 
 
 # --- Domain: what there is. No I/O. ---
@@ -3596,15 +3597,14 @@ def document(name: str) -> Handler:
     return handler
 
 
-def create_app(chats: Chats, access: Access) -> Starlette:
-    """Return the ASGI application with every path of docs/protocol.md."""
+def make_routes(chats: Chats, access: Access) -> list[BaseRoute]:
+    """Return every path of docs/protocol.md."""
     register_url_convertor("any", AnyConvertor())
     register_url_convertor("last", LastConvertor())
-    settings = chats.settings
     api = Endpoints(chats, access)
     chat = "/api/chats/{chat_id}"
     user = "/api/users/{user_id:any}"
-    routes = [
+    return [
         WebSocketRoute("/ws/{user_id:any}", Socket(chats, access)),
         api.route("/api/chats", POST=api.post_chat),
         api.route(chat, GET=api.get_chat, PATCH=api.patch_chat, DELETE=api.delete_chat),
@@ -3626,17 +3626,24 @@ def create_app(chats: Chats, access: Access) -> Starlette:
         api.route("/", GET=page("chat.html", PAGE_POLICY)),
         Mount("/static", PageFiles(directory=HERE / "static")),
     ]
+
+
+def create_app(chats: Chats, access: Access) -> Starlette:
+    """Return the ASGI application."""
     cors = Middleware(
         ListedOrigins,
-        allow_origins=settings.origins,
+        allow_origins=chats.settings.origins,
         allow_methods=["GET", "POST", "PATCH", "DELETE"],
         allow_headers=["Authorization", "Content-Type"],
         expose_headers=["Link", "Location", "Retry-After"],
     )
     known = (ChatError, HTTPException, sqlite3.Error, ClientDisconnect, TimeoutError, Exception)
     handlers: Any = dict.fromkeys(known, answer_error)
-    middleware = [Middleware(CheckedHosts, access=access), cors]
-    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    app = Starlette(
+        routes=make_routes(chats, access),
+        middleware=[Middleware(CheckedHosts, access=access), cors],
+        exception_handlers=handlers,
+    )
     app.router.redirect_slashes = False
     return app
 
