@@ -95,7 +95,8 @@ RAMP_SECONDS = 1.0  # users begin within this time, not all in one millisecond
 TICKS_PER_SECOND = 1000  # of the upstream's timer wheel
 CHAT_MESSAGES = 10_000  # in the chat whose history is read
 HOLD = "hold the reply"  # a prompt with these words is never answered
-HELD_CHATS, WAITING = 1000, 8  # as many replies as the service runs, and keeps waiting in a chat
+# As many replies as the service runs, and keeps waiting in a chat
+HELD_CHATS, WAITING = 1000, 8
 NO_LIMITS = {
     "MESSAGES_PER_MINUTE": "0",
     "MAX_CONNECTIONS": "100000",
@@ -119,7 +120,9 @@ def tell(text: str) -> None:
 
 def percentile(values: Iterable[float], share: float) -> float | None:
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
+    return (
+        ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
+    )
 
 
 class Link(asyncio.Protocol):
@@ -128,7 +131,8 @@ class Link(asyncio.Protocol):
     transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by its class
+        # uvloop's is none by its class
+        self.transport = cast("asyncio.Transport", transport)
 
 
 # --- Upstream: the model's side. Knows HTTP and the time, nothing of any server. ---
@@ -149,7 +153,9 @@ def event(delta: str, finish_reason: str = "null", more: str = "") -> bytes:
 
 
 STAMP_ZERO = b"0" * 13
-BEFORE_STAMP, AFTER_STAMP = event('{"content":" ' + STAMP_ZERO.decode() + '"}').split(STAMP_ZERO)
+BEFORE_STAMP, AFTER_STAMP = event('{"content":" ' + STAMP_ZERO.decode() + '"}').split(
+    STAMP_ZERO
+)
 STAMP = re.compile(rb'"content":" (\d{13})"')
 STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -183,7 +189,9 @@ class Wheel:
             due = int((clock() - start) / self._tick_seconds)
             for tick in range(done, due):
                 at = tick % len(self._slots)
-                self._slots[at] = [stream for stream in self._slots[at] if stream.emit()]
+                self._slots[at] = [
+                    stream for stream in self._slots[at] if stream.emit()
+                ]
             done = due
             await asyncio.sleep(self._tick_seconds)
 
@@ -211,7 +219,9 @@ class Stream(Link):
             return
         asked = (request.get("stream_options") or {}).get("include_usage")
         usage = USAGE % self._tokens if asked else ""
-        self._tail = event("{}", '"stop"', usage) + chunk(b"data: [DONE]\n\n") + chunk(b"")
+        self._tail = (
+            event("{}", '"stop"', usage) + chunk(b"data: [DONE]\n\n") + chunk(b"")
+        )
         self._left = self._tokens
         if self.emit():  # the first token at once: all delay of it is the server's
             self._wheel.add(self)
@@ -229,7 +239,9 @@ class Stream(Link):
 async def upstream(port: int, rate: float, tokens: int) -> None:
     wheel = Wheel(rate)
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Stream(wheel, tokens), HOST, port, backlog=4096)
+    server = await loop.create_server(
+        lambda: Stream(wheel, tokens), HOST, port, backlog=4096
+    )
     async with server:
         await wheel.turn()
 
@@ -245,7 +257,8 @@ def take_frames(buffer: bytearray) -> list[tuple[int, bytes]]:
         if length >= 126:
             head += 2 if length == 126 else 8
             length = int.from_bytes(buffer[at + 2 : head], "big")
-        head += buffer[at + 1] >> 7 << 2  # clients mask; ours with zeros, which changes nothing
+        # Clients mask; ours with zeros, which changes nothing
+        head += buffer[at + 1] >> 7 << 2
         if len(buffer) < head + length:
             break
         frames.append((buffer[at] & 15, bytes(buffer[head : head + length])))
@@ -259,8 +272,18 @@ def frame(payload: bytes, opcode: int = 1, masked: bool = False) -> bytes:
     if len(payload) < 126:
         return bytes((128 | opcode, bit | len(payload))) + key + payload
     if len(payload) < 65536:
-        return bytes((128 | opcode, bit | 126)) + len(payload).to_bytes(2, "big") + key + payload
-    return bytes((128 | opcode, bit | 127)) + len(payload).to_bytes(8, "big") + key + payload
+        return (
+            bytes((128 | opcode, bit | 126))
+            + len(payload).to_bytes(2, "big")
+            + key
+            + payload
+        )
+    return (
+        bytes((128 | opcode, bit | 127))
+        + len(payload).to_bytes(8, "big")
+        + key
+        + payload
+    )
 
 
 # --- Clients: raw and cheap, so that the server is what is measured. ---
@@ -319,7 +342,9 @@ class Peer(Link):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        offer = "Sec-WebSocket-Extensions: permessage-deflate\r\n" if self._deflate else ""
+        offer = (
+            "Sec-WebSocket-Extensions: permessage-deflate\r\n" if self._deflate else ""
+        )
         self.transport.write(
             f"GET /ws/{self._user} HTTP/1.1\r\nHost: {HOST}\r\nUpgrade: websocket\r\n"
             f"Connection: Upgrade\r\nSec-WebSocket-Key: {base64.b64encode(bytes(16)).decode()}\r\n"
@@ -425,7 +450,9 @@ class BareConnection(Link):
         for opcode, payload in take_frames(self._buffer) if self._open else ():
             if opcode == 1:
                 content = json.loads(payload)["content"]
-                self.send({"type": "message", "message": baseline_message(1, content, False)})
+                self.send(
+                    {"type": "message", "message": baseline_message(1, content, False)}
+                )
                 self._waiting.append(content)
                 if not self._reply:
                     self.next_reply()
@@ -485,7 +512,12 @@ class BareReply(Link):
 
 
 def baseline_message(chat_id: int, content: str, is_ai: bool) -> Row:
-    return {"chat_id": chat_id, "content": content, "is_ai": is_ai, "status": "complete"}
+    return {
+        "chat_id": chat_id,
+        "content": content,
+        "is_ai": is_ai,
+        "status": "complete",
+    }
 
 
 async def bare(port: int, upstream_port: int) -> None:
@@ -526,7 +558,8 @@ class Conventional:
         path = os.environ["DATABASE_URL"].removeprefix("sqlite:///")
         async with aiosqlite.connect(path) as self.db, AsyncOpenAI() as self.model:
             await self.db.executescript(
-                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + CONVENTIONAL_SCHEMA
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
+                + CONVENTIONAL_SCHEMA
             )
             yield
 
@@ -548,10 +581,14 @@ class Conventional:
             content, chat_id = action["content"], action.get("chat_id")
             if chat_id is None:
                 user_id = socket.path_params["user_id"]
-                chat_id = await self.insert("INSERT INTO chats (user_id) VALUES (?)", user_id)
+                chat_id = await self.insert(
+                    "INSERT INTO chats (user_id) VALUES (?)", user_id
+                )
             message = await self.add_message(chat_id, content, False)
             await socket.send_json({"type": "message", "message": message})
-            task = asyncio.create_task(self.reply(socket, chat_id, content, turns[chat_id]))
+            task = asyncio.create_task(
+                self.reply(socket, chat_id, content, turns[chat_id])
+            )
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -560,7 +597,9 @@ class Conventional:
     ) -> None:
         async with turn:  # one reply of a chat at a time
             stream = await self.model.chat.completions.create(
-                model="bench", messages=[{"role": "user", "content": content}], stream=True
+                model="bench",
+                messages=[{"role": "user", "content": content}],
+                stream=True,
             )
             text = ""
             async for part in stream:
@@ -606,7 +645,9 @@ def cores() -> list[int]:
 
 
 INHERITED = {
-    name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ
+    name: os.environ[name]
+    for name in ("PATH", "HOME", "SYSTEMROOT")
+    if name in os.environ
 }
 LINUX = Path("/proc/self/schedstat").exists()
 SERVER_CORES = cores()[:1] if len(cores()) > 1 else []
@@ -624,7 +665,10 @@ class Server:
         if not LINUX:
             return math.nan
         tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
-        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1000
+        return (
+            sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
+            / 1000
+        )
 
     def resident_kib(self) -> float:
         if not LINUX:
@@ -635,7 +679,12 @@ class Server:
 
 @contextlib.contextmanager
 def running(
-    name: str, command: Sequence[str], port: int, folder: Path, env: Row, pin: bool = True
+    name: str,
+    command: Sequence[str],
+    port: int,
+    folder: Path,
+    env: Row,
+    pin: bool = True,
 ) -> Iterator[Server]:
     """Start a server, wait until it listens, and end it whatever happens.
 
@@ -661,7 +710,10 @@ def running(
 
 
 def listens(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1):
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((HOST, port), timeout=1),
+    ):
         return True
     return False
 
@@ -701,7 +753,11 @@ def environment(port: int, model: int, database: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def serving(
-    options: argparse.Namespace, target: str, rate: float, tokens: int, fill: Callable[[Path], None]
+    options: argparse.Namespace,
+    target: str,
+    rate: float,
+    tokens: int,
+    fill: Callable[[Path], None],
 ) -> Iterator[tuple[Server, Server]]:
     """A target and its upstream in a new folder, whose database `fill` may prepare."""
     own = [sys.executable, str(Path(__file__).resolve())]
@@ -709,7 +765,9 @@ def serving(
         folder, port, model = Path(name), free_port(), free_port()
         database = folder / "bench.db"
         fill(database)
-        (folder / "nginx.conf").write_text(NGINX_CONF.format(host=HOST, port=port, upstream=model))
+        (folder / "nginx.conf").write_text(
+            NGINX_CONF.format(host=HOST, port=port, upstream=model)
+        )
         commands = {
             "chat_app": [sys.executable, str(options.app.resolve())],
             "conventional": [*own, "conventional-server", str(port)],
@@ -719,7 +777,9 @@ def serving(
         env = environment(port, model, database)
         source = [*own, "upstream-server", str(model), str(rate), str(tokens)]
         with (
-            running("upstream", source, model, folder, {}, pin=False) as upstream_server,
+            running(
+                "upstream", source, model, folder, {}, pin=False
+            ) as upstream_server,
             running(target, commands[target], port, folder, env) as server,
         ):
             yield server, upstream_server
@@ -739,7 +799,9 @@ http {{
 def shards_conf(ports: Sequence[int], port: int, folder: Path) -> str:
     """deploy/nginx-shards.conf for these shards, without TLS and limits per address."""
     text = (HERE / "deploy" / "nginx-shards.conf").read_text("utf-8")
-    homes = [*(f"{100 / len(ports):.2f}% {10 + part};" for part in range(len(ports) - 1))]
+    homes = [
+        *(f"{100 / len(ports):.2f}% {10 + part};" for part in range(len(ports) - 1))
+    ]
     homes.append(f"* {9 + len(ports)};")
     places = [f"{10 + part} {HOST}:{each};" for part, each in enumerate(ports)]
     for pattern, new in (
@@ -755,7 +817,9 @@ def shards_conf(ports: Sequence[int], port: int, folder: Path) -> str:
         text, times = re.subn(pattern, new, text)
         if not times:
             raise RuntimeError(f"deploy/nginx-shards.conf has no {pattern}")
-    return NGINX_AROUND.format(user="user root root;" * (os.getuid() == 0), configuration=text)
+    return NGINX_AROUND.format(
+        user="user root root;" * (os.getuid() == 0), configuration=text
+    )
 
 
 @contextlib.contextmanager
@@ -784,7 +848,9 @@ def serving_shards(
         text = shards_conf([shard.port for shard in shards], port, folder)
         (folder / "nginx.conf").write_text(text)
         front = stack.enter_context(
-            running("proxy", ["nginx", "-p", name, "-c", "nginx.conf"], port, folder, {})
+            running(
+                "proxy", ["nginx", "-p", name, "-c", "nginx.conf"], port, folder, {}
+            )
         )
         front.shards = shards
         yield front, upstream_server
@@ -809,10 +875,14 @@ class Sample:
         load_us = source.cpu_us() + time.process_time() * 1e6
         front_us = server.cpu_us() if server.shards else 0
         server_us = sum(shard.cpu_us() for shard in server.shards or [server])
-        return cls(time.monotonic(), server_us, front_us, load_us, seen.tokens, seen.frames)
+        return cls(
+            time.monotonic(), server_us, front_us, load_us, seen.tokens, seen.frames
+        )
 
 
-async def relay(server: Server, source: Server, users: int, rate: float, seconds: float) -> Row:
+async def relay(
+    server: Server, source: Server, users: int, rate: float, seconds: float
+) -> Row:
     """Stream a reply to each user at the same time, and see what it costs and adds."""
     seen, tokens = Seen(), int(rate * seconds)
     peers = [await connect(server, seen, f"u{user}") for user in range(users)]
@@ -822,7 +892,8 @@ async def relay(server: Server, source: Server, users: int, rate: float, seconds
         return await peer.say("Stream!", tokens).whole
 
     replies = [
-        asyncio.create_task(whole_reply(peer, random.uniform(0, RAMP_SECONDS))) for peer in peers
+        asyncio.create_task(whole_reply(peer, random.uniform(0, RAMP_SECONDS)))
+        for peer in peers
     ]
     await asyncio.sleep(RAMP_SECONDS + 0.5)
     before = Sample.take(seen, server, source)
@@ -967,14 +1038,25 @@ FILL = (
 def fill_history(schema: str, messages: int, database: Path) -> None:
     """Chat 1 with CHAT_MESSAGES among `messages`, scattered as a busy service scatters them."""
     every = max(1, messages // CHAT_MESSAGES)
-    text = "Words of a conversation that has been going on for quite a while already. " * 3
+    text = (
+        "Words of a conversation that has been going on for quite a while already. " * 3
+    )
     with contextlib.closing(sqlite3.connect(database)) as db:
-        db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF;" + schema)
+        db.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF;" + schema
+        )
         for pair in range(messages // 2):
             chat = pair * 7919 % CHAT_MESSAGES + 2 if pair % every else 1
-            row = {"id": 2 * pair + 1, "chat": chat, "user": f"u{chat}", "task": str(uuid.uuid4())}
+            row = {
+                "id": 2 * pair + 1,
+                "chat": chat,
+                "user": f"u{chat}",
+                "task": str(uuid.uuid4()),
+            }
             for sql in FILL:
-                db.execute(sql, row | {"text": text, "time": "2026-01-01T00:00:00.000Z"})
+                db.execute(
+                    sql, row | {"text": text, "time": "2026-01-01T00:00:00.000Z"}
+                )
         db.commit()
 
 
@@ -1024,7 +1106,10 @@ def shards_row(options: argparse.Namespace, count: int, tokens: int) -> Row:
         asyncio.Runner(loop_factory=new_event_loop) as runner,
     ):
         row = runner.run(relay(front, source, users, options.rate, options.seconds))
-    return {"users": users, "carried_per_s": count * 1e6 / row["cpu_us_per_token"]} | row
+    return {
+        "users": users,
+        "carried_per_s": count * 1e6 / row["cpu_us_per_token"],
+    } | row
 
 
 def measure(options: argparse.Namespace, table: str, target: str, case: int) -> Row:
@@ -1071,7 +1156,10 @@ def rows_of(options: argparse.Namespace, name: str) -> Iterator[Row]:
                 options.failed = True
                 break
             yield {"target": target, table.case: case} | row
-            if name == "saturation" and row["delivered_per_s"] < 0.8 * row["offered_per_s"]:
+            if (
+                name == "saturation"
+                and row["delivered_per_s"] < 0.8 * row["offered_per_s"]
+            ):
                 break  # saturated: more users tell nothing new
 
 
@@ -1095,7 +1183,13 @@ def known(value: object) -> object:
 
 def cell(value: object) -> str:
     if not isinstance(value, float):
-        return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+        return (
+            "-"
+            if value is None
+            else f"{value:,}"
+            if isinstance(value, int)
+            else str(value)
+        )
     return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
@@ -1104,7 +1198,9 @@ def rendered(rows: list[Row]) -> str:
     lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.rjust, line, widths))} |" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(map(str.rjust, line, widths))} |" for line in lines
+    )
 
 
 def machine(options: argparse.Namespace) -> Row:
@@ -1116,7 +1212,9 @@ def machine(options: argparse.Namespace) -> Row:
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "machine": f"{cpu}, {os.cpu_count()} cores, {platform.platform()}",
         "python": platform.python_version(),
-        "server runs on": f"core {SERVER_CORES[0]} alone" if SERVER_CORES else "any core",
+        "server runs on": f"core {SERVER_CORES[0]} alone"
+        if SERVER_CORES
+        else "any core",
         "databases in": str(options.directory),
     }
 
@@ -1133,11 +1231,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         return text.split("=", 1)
 
     add = parser.add_argument
-    add("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; default: all")
+    add(
+        "tables",
+        nargs="*",
+        metavar="TABLE",
+        help=f"of {', '.join(TABLES)}; default: all",
+    )
     add("--target", nargs="+", help="which servers; default: all of the table")
     add("--users", nargs="+", type=int, help=f"default: {DEFAULT_USERS}")
     add("--rate", type=float, default=50, help="tokens per second and user")
-    add("--seconds", type=float, default=8, help="of streaming; of sending, half of it each")
+    add(
+        "--seconds",
+        type=float,
+        default=8,
+        help="of streaming; of sending, half of it each",
+    )
     add("--senders", nargs="+", type=int, default=[1, 10, 50])
     add("--shards", nargs="+", type=int, default=[1, 2], help="with --users each (150)")
     add("--idle", nargs="+", type=int, default=[1000], help="connections")
@@ -1145,7 +1253,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--reads", type=int, default=500, help="of the history")
     add("--app", type=Path, default=HERE / "chat_app.py", help="the service's file")
     add("--also", action="append", type=named, default=[], metavar="NAME=COMMAND")
-    add("--directory", type=Path, default=Path(tempfile.gettempdir()), help="for databases")
+    add(
+        "--directory",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="for databases",
+    )
     add("--json", action="store_true")
     options = parser.parse_args(arguments, argparse.Namespace(failed=False))
     if unknown := set(options.tables) - set(TABLES):
@@ -1167,9 +1280,13 @@ def serve(kind: str, *numbers: str) -> None:
 
 def claim_machine() -> None:
     """Leave the first core to the server, and let each connection have its descriptors."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends too
+    # So that what we started ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if not LINUX:
-        print("CPU time and memory are read from Linux's /proc: left out.", file=sys.stderr)
+        print(
+            "CPU time and memory are read from Linux's /proc: left out.",
+            file=sys.stderr,
+        )
     if SERVER_CORES:
         os.sched_setaffinity(0, set(cores()) - set(SERVER_CORES))
     with contextlib.suppress(ImportError):
@@ -1192,7 +1309,10 @@ def main() -> int:
         results[name] = with_ratios(list(rows_of(options, name)), TABLES[name])
         tell("")
         if not options.json and results[name]:
-            print(f"\n{name}: {TABLES[name].title}\n\n{rendered(results[name])}", flush=True)
+            print(
+                f"\n{name}: {TABLES[name].title}\n\n{rendered(results[name])}",
+                flush=True,
+            )
     if options.json:
         print(json.dumps({"machine": about, "tables": results}, indent=2))
     return int(options.failed)

@@ -76,7 +76,14 @@ import uvicorn
 import yaml
 from dotenv import dotenv_values
 from pydantic import AfterValidator as Check
-from pydantic import BaseModel, Field, SecretBytes, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SecretBytes,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import from_json, to_json
 from pydantic_settings import BaseSettings
 from starlette.applications import Starlette
@@ -86,7 +93,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import FileResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import (
+    FileResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -116,7 +128,9 @@ class StartError(Exception):
 def sqlite_url(url: str) -> str:
     scheme, _, path = url.partition(":///")
     if scheme not in {"sqlite", "sqlite+aiosqlite"} or path in {"", ":memory:"}:
-        raise ValueError("must be sqlite:///FILE, or sqlite:////FILE for an absolute path")
+        raise ValueError(
+            "must be sqlite:///FILE, or sqlite:////FILE for an absolute path"
+        )
     return url
 
 
@@ -124,7 +138,9 @@ def header_safe(key: SecretStr) -> SecretStr:
     """Return `key` without blanks around it; ValueError if an HTTP header can't carry it."""
     text = key.get_secret_value().strip()
     if not re.fullmatch("[!-~]*", text):
-        raise ValueError("may have printable ASCII characters only, no blanks in between")
+        raise ValueError(
+            "may have printable ASCII characters only, no blanks in between"
+        )
     return SecretStr(text)
 
 
@@ -152,7 +168,9 @@ class Settings(BaseSettings):
 
     database_url: Annotated[str, Check(sqlite_url)] = "sqlite:///./chat.db"
     openai_api_key: Annotated[SecretStr, Check(header_safe)] | None = None
-    openai_base_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]\S*$")] | None = None
+    openai_base_url: Annotated[str, Field(pattern=r"^https?://[^/?#\s]\S*$")] | None = (
+        None
+    )
     model_name: str = "gpt-3.5-turbo"
     models: str = ""
     system_prompt: str = ""
@@ -208,7 +226,8 @@ class Settings(BaseSettings):
 
 # --- Log and metrics: what the service tells about itself, never what people say. ---
 
-LOG_LINES = 10_000  # that wait for a slow terminal, pipe or disk; what comes then is dropped
+# That wait for a slow terminal, pipe or disk; what comes then is dropped
+LOG_LINES = 10_000
 LOG_END_SECONDS = 1.0  # for those at the end of the process
 WAIT_BUCKETS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]  # in seconds
 REPLY_BUCKETS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
@@ -221,7 +240,10 @@ def now() -> str:
 
 
 def log_event(
-    name: str, level: int = logging.INFO, error: BaseException | None = None, **about: Any
+    name: str,
+    level: int = logging.INFO,
+    error: BaseException | None = None,
+    **about: Any,
 ) -> None:
     """Log one event with its ids, never what people or the model said; a traceback of `error`."""
     log.log(level, name, exc_info=error, extra={"about": about})
@@ -263,7 +285,8 @@ class Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = f"{self.format(record)}\n".encode("utf-8", "replace")
-        with suppress(OSError):  # closed, or its disk is full: there is nowhere left to tell it
+        with suppress(OSError):
+            # closed, or its disk is full: there is nowhere left to tell it
             while line:
                 line = line[os.write(2, line) :]
 
@@ -287,7 +310,8 @@ def logging_to_stderr(settings: Settings) -> Iterator[None]:
         deadline = time.monotonic() + LOG_END_SECONDS
         while not lines.empty() and time.monotonic() < deadline:
             time.sleep(0.01)
-        if lines.empty():  # else nobody reads: its thread, a daemon, is left where it hangs
+        if lines.empty():
+            # Else nobody reads: its thread, a daemon, is left where it hangs
             listener.stop()
 
 
@@ -297,19 +321,36 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=self.registry)
-        self.connections = self._gauge("chat_connections", "Open WebSockets and event streams")
+        self.connections = self._gauge(
+            "chat_connections", "Open WebSockets and event streams"
+        )
         self.running = self._gauge("chat_replies_running", "Replies being written")
-        self.waiting = self._gauge("chat_replies_waiting", "Replies waiting for their turn")
+        self.waiting = self._gauge(
+            "chat_replies_waiting", "Replies waiting for their turn"
+        )
         self.replies = prometheus.Counter(
-            "chat_replies", "Replies that ended, by status", ["status"], registry=self.registry
+            "chat_replies",
+            "Replies that ended, by status",
+            ["status"],
+            registry=self.registry,
         )
         self.aborts = self._counter("chat_aborts", "Replies that somebody stopped")
-        self.tokens = self._counter("chat_tokens", "Pieces the model has sent, of ended replies")
-        self.commits = self._counter("chat_commits", "Transactions committed or rolled back")
-        self.operations = self._counter("chat_operations", "Operations in those transactions")
-        self.dropped = self._counter("chat_dropped_readers", "Connections that did not read")
+        self.tokens = self._counter(
+            "chat_tokens", "Pieces the model has sent, of ended replies"
+        )
+        self.commits = self._counter(
+            "chat_commits", "Transactions committed or rolled back"
+        )
+        self.operations = self._counter(
+            "chat_operations", "Operations in those transactions"
+        )
+        self.dropped = self._counter(
+            "chat_dropped_readers", "Connections that did not read"
+        )
         self.first_token = self._times(
-            "chat_first_token_seconds", "From a message to its first piece", WAIT_BUCKETS
+            "chat_first_token_seconds",
+            "From a message to its first piece",
+            WAIT_BUCKETS,
         )
         self.duration = self._times(
             "chat_reply_seconds", "From a message to its end", REPLY_BUCKETS
@@ -324,8 +365,12 @@ class Metrics:
     def _counter(self, name: str, about: str) -> prometheus.Counter:
         return prometheus.Counter(name, about, registry=self.registry)
 
-    def _times(self, name: str, about: str, buckets: list[float]) -> prometheus.Histogram:
-        return prometheus.Histogram(name, about, buckets=buckets, registry=self.registry)
+    def _times(
+        self, name: str, about: str, buckets: list[float]
+    ) -> prometheus.Histogram:
+        return prometheus.Histogram(
+            name, about, buckets=buckets, registry=self.registry
+        )
 
 
 # --- Domain: what there is. No I/O. ---
@@ -432,19 +477,23 @@ START = Cursor(0, 0)
 class Reply:
     """A reply that runs or waits. Only the event loop touches it."""
 
-    def __init__(self, user_id: str, row: Message, settled: asyncio.Future[Message]) -> None:
+    def __init__(
+        self, user_id: str, row: Message, settled: asyncio.Future[Message]
+    ) -> None:
         self.user_id = user_id
         self.row = row  # as it was stored: without text
         self.settled = settled  # resolves with the row as its ending was stored
         self.report = Report()
         self.task: asyncio.Task[None] | None = None  # None: waiting for its turn
         self.stopped: Status | None = None  # how somebody else than the model ended it
-        self.pieces: list[str] = []  # these two only grow; together they are the wire's `seq`
+        # These two only grow; together they are the wire's `seq`
+        self.pieces: list[str] = []
         self.thoughts: list[str] = []
         self.chars = 0
         self.saved = START  # what the last checkpoint has
         self.created = time.monotonic()
-        self.token_prefix = ""  # the beginning of its token frames, kept by the wire section
+        # The beginning of its token frames, kept by the wire section
+        self.token_prefix = ""
 
     @property
     def cursor(self) -> Cursor:
@@ -460,7 +509,11 @@ class Reply:
 
     def add(self, delta: Delta, limit: int) -> bool:
         """Append what came, cut at `limit` characters in all; True if that cut any."""
-        cut = self._append(self.thoughts, delta.reasoning, limit) if delta.reasoning else False
+        cut = (
+            self._append(self.thoughts, delta.reasoning, limit)
+            if delta.reasoning
+            else False
+        )
         return self._append(self.pieces, delta.text, limit) or cut
 
     def _append(self, known: list[str], pieces: list[str], limit: int) -> bool:
@@ -490,11 +543,15 @@ FAULTS = {
     "not_found": Fault(404, 4403, "There is nothing here."),
     "chat_not_found": Fault(404, 4403, "There is no such chat."),
     "task_not_found": Fault(404, 4403, "There is no such task."),
-    "message_not_found": Fault(404, 4403, "There is no such user message in this chat."),
+    "message_not_found": Fault(
+        404, 4403, "There is no such user message in this chat."
+    ),
     "unknown_action": Fault(422, 4403, "There is no such action."),
     "method_not_allowed": Fault(405, 4403, "This method is not allowed here."),
     "busy": Fault(409, 4403, "A reply of this chat is still being written."),
-    "not_current": Fault(409, 4403, "Another message stands in the place of this one already."),
+    "not_current": Fault(
+        409, 4403, "Another message stands in the place of this one already."
+    ),
     "not_running": Fault(409, 4403, "There is nothing to stop: it has ended."),
     "too_large": Fault(413, 1009, "The body is too large."),
     "unsupported_media_type": Fault(415, 4403, "The body must be JSON."),
@@ -502,20 +559,30 @@ FAULTS = {
     "rate_limited": Fault(429, 1013, "Too many messages in a minute."),
     "overloaded": Fault(503, 1013, "The service has too much to do."),
     "internal": Fault(503, 1011, "Something went wrong in the service."),
-    "interrupted": Fault(503, 1012, "The service was stopped while this reply was written."),
+    "interrupted": Fault(
+        503, 1012, "The service was stopped while this reply was written."
+    ),
     "model_error": Fault(503, 1011, "The model could not answer."),
-    "model_auth": Fault(503, 1011, "The model did not accept the service's credentials."),
-    "model_rate_limited": Fault(503, 1011, "The model has too much to do. Try again later."),
+    "model_auth": Fault(
+        503, 1011, "The model did not accept the service's credentials."
+    ),
+    "model_rate_limited": Fault(
+        503, 1011, "The model has too much to do. Try again later."
+    ),
     "model_timeout": Fault(503, 1011, "The model took too long."),
     "model_context": Fault(503, 1011, "The conversation is too long for the model."),
-    "model_incomplete": Fault(503, 1011, "The model stopped in the middle of its reply."),
+    "model_incomplete": Fault(
+        503, 1011, "The model stopped in the middle of its reply."
+    ),
 }
 
 
 class ChatError(Exception):
     """A request that can't be granted: a code of FAULTS for programs, a sentence for people."""
 
-    def __init__(self, code: str, message: str = "", retry_after: int | None = None) -> None:
+    def __init__(
+        self, code: str, message: str = "", retry_after: int | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message or FAULTS[code].sentence
@@ -531,7 +598,8 @@ class RateLimit:
 
     def __init__(self, most: int) -> None:
         self._most = most  # 0: no limit
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # left, and when
+        # left, and when
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, key: str) -> None:
         """Take one token of `key`; ChatError `rate_limited` if it has none."""
@@ -582,18 +650,25 @@ def shorten(text: str, most: int) -> str:
 def _belong_together(text: str, place: int) -> bool:
     """Return whether what stands before and behind `place` is one visible character."""
     after = text[place]
-    if unicodedata.category(after) in {"Mn", "Mc", "Me", "Cf"} or text[place - 1] == "\u200d":
+    if (
+        unicodedata.category(after) in {"Mn", "Mc", "Me", "Cf"}
+        or text[place - 1] == "\u200d"
+    ):
         return True
     if "\U0001f3fb" <= after <= "\U0001f3ff":  # skin tones
         return True
     flags = re.search("[\U0001f1e6-\U0001f1ff]*$", text[:place])
-    return "\U0001f1e6" <= after <= "\U0001f1ff" and len(flags[0] if flags else "") % 2 == 1
+    return (
+        "\U0001f1e6" <= after <= "\U0001f1ff"
+        and len(flags[0] if flags else "") % 2 == 1
+    )
 
 
 # --- Wire: text to types and back. Pure. ---
 
 UUID = "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
-NAMED_FAULT_BYTES = 32_768  # of broken JSON: in more, the field at fault isn't looked for
+# Of broken JSON: in more, the field at fault isn't looked for
+NAMED_FAULT_BYTES = 32_768
 json_string = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -609,7 +684,9 @@ def valid_user_id(user_id: str) -> str:
     U+FFFD is what a URL that is not UTF-8 was read as: all of those would be one user.
     """
     if not re.fullmatch(r"[^/\x00-\x1f\x7f-\x9f\ufffd]{1,128}", user_id):
-        raise ValueError("must have 1 to 128 characters of UTF-8, no / and no control character")
+        raise ValueError(
+            "must have 1 to 128 characters of UTF-8, no / and no control character"
+        )
     if user_id in {".", ".."}:
         raise ValueError("must not be . or .., which browsers and proxies take away")
     return user_id
@@ -619,7 +696,10 @@ Id = Annotated[int, Field(ge=1, le=MAX_ID)]
 Title = Annotated[str, Field(max_length=200), Check(str.strip)]
 Instructions = Annotated[str, Field(max_length=8_000), Check(str.strip)]
 ShortText = Annotated[str, Field(max_length=64)]
-UserId = Annotated[str, Check(valid_user_id)] | Annotated[int, Field(gt=-(10**127), lt=10**128)]
+UserId = (
+    Annotated[str, Check(valid_user_id)]
+    | Annotated[int, Field(gt=-(10**127), lt=10**128)]
+)
 
 
 class Wire(BaseModel):
@@ -690,7 +770,9 @@ def validate(model: type[W], data: dict[str, Any]) -> W:
         return model.model_validate(data)
     except ValidationError as error:
         name, fault = first_fault(error)
-        raise ChatError("invalid_frame", f"{name}: {fault}" if name else fault) from None
+        raise ChatError(
+            "invalid_frame", f"{name}: {fault}" if name else fault
+        ) from None
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -735,7 +817,9 @@ def parse_action(data: dict[str, Any]) -> Action:
     if not isinstance(name, str):
         raise ChatError("invalid_frame", "action: must be a string")
     if name not in ACTIONS:
-        raise ChatError("unknown_action", f"action: must be one of {', '.join(ACTIONS)}")
+        raise ChatError(
+            "unknown_action", f"action: must be one of {', '.join(ACTIONS)}"
+        )
     return validate(ACTIONS[name], data)
 
 
@@ -799,7 +883,9 @@ def ending_frames(row: Message) -> list[Frame]:
         frames.append(make_frame("aborted", **row.ids))
     elif row.status is not Status.COMPLETE:
         code = row.finish_reason or "interrupted"
-        frames.append(make_frame("error", message=FAULTS[code].sentence, code=code, **row.ids))
+        frames.append(
+            make_frame("error", message=FAULTS[code].sentence, code=code, **row.ids)
+        )
     return frames
 
 
@@ -830,7 +916,8 @@ def server_sent(frame: Frame) -> str:
 
 TOO_SLOW = (1013, "too slow")  # how a reader is closed for whom too much waits
 RESTARTS = (1012, "the service restarts")
-OUTBOX_BYTES = 2**22  # that may wait for one reader besides a few endings of the longest replies
+# That may wait for one reader besides a few endings of the longest replies
+OUTBOX_BYTES = 2**22
 LISTEN_BYTES = 2**18  # above this a reader that doesn't read isn't listened to
 
 
@@ -845,14 +932,16 @@ class Connection:
     def __init__(
         self, most_bytes: int, chat_id: int | None = None, task_id: str | None = None
     ) -> None:
-        self.closing: tuple[int, str] | None = None  # code and reason, once the outbox is sent
+        # Code and reason, once the outbox is sent
+        self.closing: tuple[int, str] | None = None
         self.sending = False  # a frame was taken and the next one not yet asked for
         self.waiting_bytes = 0
         self._most_bytes = most_bytes
         self._chat_id = chat_id  # of this chat alone
         self._task_id = task_id  # of this task alone
         self._outbox: deque[Frame | Reply] = deque()
-        self._since: dict[Reply, Cursor | None] = {}  # what the reader has; None: to be synced
+        # What the reader has; None: to be synced
+        self._since: dict[Reply, Cursor | None] = {}
         self._changed: asyncio.Future[None] | None = None  # what the sender waits for
         self._taken: asyncio.Future[None] | None = None  # what the listener waits for
 
@@ -986,15 +1075,21 @@ class Rooms:
 
     @property
     def all_sent(self) -> bool:
-        return all(connection.empty for room in self._rooms.values() for connection in room)
+        return all(
+            connection.empty for room in self._rooms.values() for connection in room
+        )
 
 
 # --- Application: what happens, in order. No SQL, no sockets, no SDK. ---
 
-CHECKPOINT_SECONDS = 0.4  # promise 6: a second's text may be lost, also on a busy machine
-AFTER_FINISH_SECONDS = 1.0  # for usage and the end of a stream that has said it is finished
-CONTEXT_TRIES = 4  # once, and three times with half, where the model says that it is too long
-ENDING_SECONDS = 6.0  # for a stopped reply to be stored, before its asker is told "internal"
+# Promise 6: a second's text may be lost, also on a busy machine
+CHECKPOINT_SECONDS = 0.4
+# For usage and the end of a stream that has said it is finished
+AFTER_FINISH_SECONDS = 1.0
+# once, and three times with half, where the model says that it is too long
+CONTEXT_TRIES = 4
+# For a stopped reply to be stored, before its asker is told "internal"
+ENDING_SECONDS = 6.0
 SETTLE_SECONDS = 2.0  # at shutdown, for the last endings to be stored
 FLUSH_SECONDS = 0.8  # at shutdown, for the outboxes to empty
 PURGE_SECONDS = 0.02  # between two slices of deleted chats: others' writes come first
@@ -1019,7 +1114,12 @@ class Chats:
     """
 
     def __init__(
-        self, settings: Settings, store: Store, model: Model, names: list[str], metrics: Metrics
+        self,
+        settings: Settings,
+        store: Store,
+        model: Model,
+        names: list[str],
+        metrics: Metrics,
     ) -> None:
         self.settings = settings
         self.store = store
@@ -1031,7 +1131,8 @@ class Chats:
         self.lines: dict[int, list[Reply]] = {}
         self.draining = False
         self._rate = RateLimit(settings.messages_per_minute)
-        self._reserved: Counter[int | None] = Counter()  # places in chats, of messages on their way
+        # Places in chats, of messages on their way
+        self._reserved: Counter[int | None] = Counter()
         self._starting = 0  # of those, the ones whose reply starts at once
         self._deleted = asyncio.Event()
 
@@ -1045,7 +1146,9 @@ class Chats:
         self.rooms.check_places(user_id)
         with self.rooms.join(user_id, chat_id) as connection:
             for reply in self.running.values():
-                if reply.user_id == user_id and connection.wants(reply.row.chat_id, None):
+                if reply.user_id == user_id and connection.wants(
+                    reply.row.chat_id, None
+                ):
                     connection.grew(reply, None)
             yield connection
 
@@ -1062,7 +1165,9 @@ class Chats:
             else:
                 if reply.cursor != START:
                     connection.grew(reply, START)
-                reply.settled.add_done_callback(lambda _: connection.close(1000, "ended"))
+                reply.settled.add_done_callback(
+                    lambda _: connection.close(1000, "ended")
+                )
             yield connection
 
     def tell_chat(self, chat: Chat) -> None:
@@ -1079,7 +1184,10 @@ class Chats:
         self.check_model(asked.model)
         return await self.store.write(
             lambda db: db.create_chat(
-                user_id, asked.title or "", asked.model or None, asked.instructions or None
+                user_id,
+                asked.title or "",
+                asked.model or None,
+                asked.instructions or None,
             ),
             then=self.tell_chat,
         )
@@ -1087,16 +1195,22 @@ class Chats:
     async def change(self, asker: Asker, chat_id: int, change: ChatChange) -> Chat:
         """Set what `change` names; ChatError `chat_not_found`, or `invalid_frame` for a model."""
         self.check_model(change.model)
-        asked = {name: getattr(change, name) or None for name in change.model_fields_set}
+        asked = {
+            name: getattr(change, name) or None for name in change.model_fields_set
+        }
         if change.title is None:
             asked.pop("title", None)
         return await self.store.write(
             lambda db: db.change_chat(asker, chat_id, asked), then=self.tell_chat
         )
 
-    async def history(self, asker: Asker, chat_id: int, limit: int, before: int) -> dict[str, Any]:
+    async def history(
+        self, asker: Asker, chat_id: int, limit: int, before: int
+    ) -> dict[str, Any]:
         """Return a chat and the newest of its messages before id `before`, `limit` at most."""
-        page = await self.store.read(lambda db: db.history(asker, chat_id, limit, before))
+        page = await self.store.read(
+            lambda db: db.history(asker, chat_id, limit, before)
+        )
         shown = [await self._up_to_date(row) for row in page.messages]
         return asdict(page.chat) | {"messages": shown, "has_more": page.has_more}
 
@@ -1131,7 +1245,9 @@ class Chats:
         yield b'],"has_more":false}\n'
 
     async def _messages_after(self, chat_id: int, last: int) -> list[Message]:
-        return await self.store.read(lambda db: db.messages_after(chat_id, last, EXPORT_CHARS))
+        return await self.store.read(
+            lambda db: db.messages_after(chat_id, last, EXPORT_CHARS)
+        )
 
     async def delete(self, asker: Asker, chat_id: int) -> None:
         """Stop the chat's replies, then delete it; ChatError `chat_not_found`."""
@@ -1141,13 +1257,17 @@ class Chats:
             for reply in replies:
                 self._stop(reply, Status.ABORTED)
             await self.ended(replies)
-            if await self.store.write(lambda db: db.hide_chat(asker, chat_id), self._tell_deleted):
+            if await self.store.write(
+                lambda db: db.hide_chat(asker, chat_id), self._tell_deleted
+            ):
                 return
 
     def _tell_deleted(self, chat: Chat | None) -> None:
         if chat is not None:
             self._deleted.set()
-            self.rooms.publish(chat.user_id, [make_frame("chat_deleted", chat_id=chat.id)])
+            self.rooms.publish(
+                chat.user_id, [make_frame("chat_deleted", chat_id=chat.id)]
+            )
 
     async def erase(self, user_id: str) -> None:
         """Delete all chats of a user and forget under which ids their messages were sent."""
@@ -1206,14 +1326,21 @@ class Chats:
             raise ChatError("overloaded", "The service restarts.", retry_after=5)
         ahead = 0
         if action.chat_id is not None:
-            ahead = len(self.lines.get(action.chat_id, ())) + self._reserved[action.chat_id]
+            ahead = (
+                len(self.lines.get(action.chat_id, ())) + self._reserved[action.chat_id]
+            )
         alone = isinstance(action, Regenerate) or action.replaces is not None
         if alone and ahead:
             raise ChatError("busy")
         if ahead > self.settings.max_waiting_replies:
             raise ChatError("busy", "This chat has too many messages waiting.")
-        if not ahead and len(self.lines) + self._starting >= self.settings.max_running_replies:
-            raise ChatError("overloaded", "The service writes too many replies.", retry_after=5)
+        if (
+            not ahead
+            and len(self.lines) + self._starting >= self.settings.max_running_replies
+        ):
+            raise ChatError(
+                "overloaded", "The service writes too many replies.", retry_after=5
+            )
         self._rate.take(user_id)
         return ahead
 
@@ -1253,7 +1380,9 @@ class Chats:
             self._stop(reply, Status.ABORTED)
         return replies
 
-    async def _running_task(self, asker: Asker, chat_id: int | None, task_id: str) -> Reply:
+    async def _running_task(
+        self, asker: Asker, chat_id: int | None, task_id: str
+    ) -> Reply:
         reply = self.running.get(task_id)
         if reply is None:  # ended, or never was
             await self.store.read(lambda db: db.find_task(asker, task_id, chat_id))
@@ -1272,7 +1401,8 @@ class Chats:
         """Wait for the reply of `message`'s task to end, and return it as stored."""
         reply = self.running.get(message.task_id)
         if reply is not None:
-            return await asyncio.shield(reply.settled)  # cancelling us would end it for all
+            # Cancelling us would end it for all
+            return await asyncio.shield(reply.settled)
         return await self.store.read(lambda db: db.find_task(ANYONE, message.task_id))
 
     # The life of a reply
@@ -1351,7 +1481,8 @@ class Chats:
                     if reply.report.finish_reason is not None:
                         limit.reschedule(min(end, clock() + AFTER_FINISH_SECONDS))
                     elif until < min(end, clock() + wait):
-                        until = min(end, clock() + 1.02 * wait)  # 2 % more: to renew it costs
+                        # 2 % more: to renew it costs
+                        until = min(end, clock() + 1.02 * wait)
                         limit.reschedule(until)
         except TimeoutError:
             raise ModelError("model_timeout", "no piece in time") from None
@@ -1404,7 +1535,14 @@ class Chats:
             code = "internal"
         trace = error if code == "internal" else None
         why = str(error)
-        log_event("the model failed", logging.WARNING, trace, **reply.row.ids, code=code, why=why)
+        log_event(
+            "the model failed",
+            logging.WARNING,
+            trace,
+            **reply.row.ids,
+            code=code,
+            why=why,
+        )
         return code
 
     def _announce(self, reply: Reply, row: Message) -> None:
@@ -1427,7 +1565,9 @@ class Chats:
         self.metrics.tokens.inc(pieces)
         self.metrics.duration.observe(time.monotonic() - reply.created)
         reason = row.finish_reason
-        log_event(row.status, user=reply.user_id, **row.ids, reason=reason, pieces=pieces)
+        log_event(
+            row.status, user=reply.user_id, **row.ids, reason=reason, pieces=pieces
+        )
 
     # The service's own life
 
@@ -1435,13 +1575,17 @@ class Chats:
         """Store what has come of running replies, all in one transaction (promise 6)."""
         while True:
             await asyncio.sleep(CHECKPOINT_SECONDS)
-            grown = [reply for reply in self.running.values() if reply.cursor != reply.saved]
+            grown = [
+                reply for reply in self.running.values() if reply.cursor != reply.saved
+            ]
             if not grown:
                 continue
             try:
                 await self._checkpoint(grown)
             except sqlite3.Error as error:
-                log_event("not stored yet", logging.ERROR, replies=len(grown), why=str(error))
+                log_event(
+                    "not stored yet", logging.ERROR, replies=len(grown), why=str(error)
+                )
 
     async def _checkpoint(self, grown: list[Reply]) -> None:
         ends = [reply.cursor for reply in grown]
@@ -1521,7 +1665,8 @@ BUSY_SECONDS = 5  # to wait for another process's lock on the database
 OWNER_SECONDS = 20.0  # to wait for another service to let the database go
 SEARCH_SECONDS = 5.0  # that a search may take, with its waiting for others'
 PAGE_CHARS = 2_000_000  # that a page of history has at most, one message at least
-SLICE_ROWS = 300  # of a deleted chat, removed in one transaction; fewer of long messages
+# Of a deleted chat, removed in one transaction; fewer of long messages
+SLICE_ROWS = 300
 SLICE_CHARS = 200_000
 MERGE_PAGES = 200  # of the search index, rewritten in one transaction
 WAL_BYTES = 2**22  # that the WAL may keep while nobody writes
@@ -1598,7 +1743,9 @@ class Store:
         """Return what `query` does; its ChatError, or sqlite3.Error."""
         return await self._run(self._reader, query)
 
-    async def search(self, user_id: str, words: list[str], limit: int) -> list[dict[str, Any]]:
+    async def search(
+        self, user_id: str, words: list[str], limit: int
+    ) -> list[dict[str, Any]]:
         """Return what was found; ChatError `overloaded` if it took too long."""
         deadline = time.monotonic() + SEARCH_SECONDS
         try:
@@ -1608,7 +1755,9 @@ class Store:
         except sqlite3.OperationalError as error:
             if "interrupted" not in str(error):
                 raise
-            raise ChatError("overloaded", "The search took too long.", retry_after=5) from None
+            raise ChatError(
+                "overloaded", "The search took too long.", retry_after=5
+            ) from None
 
     def write(
         self,
@@ -1646,7 +1795,9 @@ class Store:
         if size > MAX_WAL_BYTES or (idle and size > WAL_BYTES):
             await self.shrink()
 
-    async def _run(self, connection: aiosqlite.Connection, call: Callable[[Database], T]) -> T:
+    async def _run(
+        self, connection: aiosqlite.Connection, call: Callable[[Database], T]
+    ) -> T:
         """Run a whole operation for one hop to the connection's thread and back; aiosqlite's
         own methods are one statement a hop."""
         run: Callable[..., Awaitable[T]] = connection._execute  # noqa: SLF001 - no public way
@@ -1682,7 +1833,9 @@ class Store:
         failed = isinstance(outcome, Exception)
         if failed and write.insist:
             log_event("not stored yet", logging.ERROR, why=repr(outcome))
-            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._queue.put_nowait, write)
+            asyncio.get_running_loop().call_later(
+                RETRY_SECONDS, self._queue.put_nowait, write
+            )
             return
         try:
             if write.then is not None and not failed:
@@ -1715,7 +1868,9 @@ def sole_owner(path: str) -> Iterator[None]:
     except OSError as error:
         if error.filename not in {path, f"{path}.lock"}:
             raise
-        raise StartError(f"DATABASE_URL: cannot open {path}: {error.strerror}") from None
+        raise StartError(
+            f"DATABASE_URL: cannot open {path}: {error.strerror}"
+        ) from None
 
 
 def file_identity(path: str) -> tuple[int, int]:
@@ -1810,20 +1965,28 @@ class Database:
             # SQLite before 3.51.3 can lose pages where two processes checkpoint at once
             # (sqlite.org/wal.html#walresetbug). A shard's Litestream does, at 1,000 pages and with
             # its own SQLite: ours (almost) never comes before at 40 MB, which still bound the WAL.
-            self.one(f"PRAGMA wal_autocheckpoint = {1_000 if shard is None else 10_000}")
+            self.one(
+                f"PRAGMA wal_autocheckpoint = {1_000 if shard is None else 10_000}"
+            )
             self.one(f"PRAGMA journal_size_limit = {WAL_BYTES}")
             self.migrate(shard)
             self.recover()
         except sqlite3.Error as error:
-            raise StartError(f"DATABASE_URL: cannot use the database: {error}") from None
+            raise StartError(
+                f"DATABASE_URL: cannot use the database: {error}"
+            ) from None
 
     def migrate(self, shard: int | None) -> None:
         """Run the steps of schema.sql that this file has not seen, in one transaction."""
-        steps = re.split(r"PRAGMA user_version = \d+;", (HERE / "schema.sql").read_text("utf-8"))
+        steps = re.split(
+            r"PRAGMA user_version = \d+;", (HERE / "schema.sql").read_text("utf-8")
+        )
         del steps[-1]  # what follows the last one: nothing
         version = self.one("PRAGMA user_version")[0]
         if version > len(steps):
-            raise StartError("DATABASE_URL: the database is of a newer version of the service")
+            raise StartError(
+                "DATABASE_URL: the database is of a newer version of the service"
+            )
         missing = "".join(steps[version:])
         try:
             self.connection.executescript(f"BEGIN IMMEDIATE; {missing}")
@@ -1864,7 +2027,9 @@ class Database:
     def recover(self) -> None:
         """End the replies that a crash left running, with the text that was checkpointed."""
         self.one("BEGIN IMMEDIATE")
-        rows = self.all(f"SELECT {self.MESSAGE} FROM messages WHERE status = 'streaming'")
+        rows = self.all(
+            f"SELECT {self.MESSAGE} FROM messages WHERE status = 'streaming'"
+        )
         for row in rows:
             sql = "SELECT text, reasoning FROM pieces WHERE message_id = ? ORDER BY position"
             pieces = self.all(sql, row["id"])
@@ -1899,7 +2064,8 @@ class Database:
             self.one("COMMIT")
         except Exception as error:  # noqa: BLE001 - whatever it is, its sender is told
             began = self.connection.in_transaction or bool(outcomes)
-            if self.connection.in_transaction:  # a full disk may have rolled it back already
+            if self.connection.in_transaction:
+                # A full disk may have rolled it back already
                 self.one("ROLLBACK")
             if len(batch) == 1 or not began:
                 return [error] * len(batch)
@@ -1910,13 +2076,19 @@ class Database:
 
     def own_chat(self, asker: Asker, chat_id: int) -> Chat:
         """Return a chat that `asker` may see; ChatError `chat_not_found`."""
-        row = self.one(f"SELECT {self.CHAT} FROM chats WHERE id = ? AND NOT deleted", chat_id)
+        row = self.one(
+            f"SELECT {self.CHAT} FROM chats WHERE id = ? AND NOT deleted", chat_id
+        )
         if row is None or not asker.may_see(row["user_id"]):
             raise ChatError("chat_not_found")
         return self.chat(row)
 
     def create_chat(
-        self, user_id: str, title: str, model: str | None = None, instructions: str | None = None
+        self,
+        user_id: str,
+        title: str,
+        model: str | None = None,
+        instructions: str | None = None,
     ) -> Chat:
         sql = f"""INSERT INTO chats (user_id, title, created_at, updated_at, model, instructions)
                   VALUES (?, ?, ?, ?, ?, ?) RETURNING {self.CHAT}"""
@@ -1926,7 +2098,9 @@ class Database:
     def next_activity(self, user_id: str) -> str:
         """Return the time, but later than all activity of the user, whatever the clock does."""
         at = now()
-        newest = self.one("SELECT max(updated_at) FROM chats WHERE user_id = ?", user_id)[0]
+        newest = self.one(
+            "SELECT max(updated_at) FROM chats WHERE user_id = ?", user_id
+        )[0]
         if newest is None or newest < at:
             return at
         later = datetime.fromisoformat(newest) + timedelta(milliseconds=1)
@@ -1944,7 +2118,9 @@ class Database:
         self.one(sql, title, at, chat.model, chat.instructions, chat.id)
         return replace(chat, title=title, updated_at=at)
 
-    def change_chat(self, asker: Asker, chat_id: int, asked: dict[str, str | None]) -> Chat:
+    def change_chat(
+        self, asker: Asker, chat_id: int, asked: dict[str, str | None]
+    ) -> Chat:
         """Set the fields in `asked`; what is as it was moves nothing."""
         chat = self.own_chat(asker, chat_id)
         if "title" in asked:
@@ -1989,7 +2165,9 @@ class Database:
         if first is None:
             self.one("DELETE FROM chats WHERE id = ?", chat["id"])
         else:
-            self.one("DELETE FROM messages WHERE chat_id = ? AND id >= ?", chat["id"], first)
+            self.one(
+                "DELETE FROM messages WHERE chat_id = ? AND id >= ?", chat["id"], first
+            )
         return True
 
     def forget_sends(self, user_id: str) -> bool:
@@ -2058,7 +2236,9 @@ class Database:
             sql = "INSERT INTO sends (user_id, client_msg_id, message_id) VALUES (?, ?, ?)"
             self.one(sql, user_id, action.client_msg_id, message.id)
         saved = self.save_chat(chat)
-        return Accepted(user_id, message, reply, saved if saved.title != chat.title else None)
+        return Accepted(
+            user_id, message, reply, saved if saved.title != chat.title else None
+        )
 
     def answer_anew(self, user_id: str, action: Regenerate, task_id: str) -> Accepted:
         """Store a further, still empty reply to a chat's last user message."""
@@ -2074,7 +2254,9 @@ class Database:
                   WHERE messages.id = ? AND NOT deleted"""
         row = self.one(sql, message_id)
         if row is None:
-            raise ChatError("chat_not_found", "This message was sent; its chat has been deleted.")
+            raise ChatError(
+                "chat_not_found", "This message was sent; its chat has been deleted."
+            )
         return self.message(row)
 
     def insert_message(self, chat: Chat, action: SendMessage, task_id: str) -> Message:
@@ -2083,7 +2265,14 @@ class Database:
                   RETURNING {self.MESSAGE}"""
         sent_as = action.client_msg_id
         row = self.one(
-            sql, chat.id, chat.user_id, action.content, now(), task_id, sent_as, action.replaces
+            sql,
+            chat.id,
+            chat.user_id,
+            action.content,
+            now(),
+            task_id,
+            sent_as,
+            action.replaces,
         )
         self.index(row["id"], chat.user_id, action.content)
         return self.message(row)
@@ -2092,7 +2281,9 @@ class Database:
         sql = f"""INSERT INTO messages (chat_id, user_id, content, is_ai, timestamp, status,
                   task_id, reply_to) VALUES (?, ?, '', 1, ?, 'streaming', ?, ?)
                   RETURNING {self.MESSAGE}"""
-        return self.message(self.one(sql, chat.id, chat.user_id, now(), task_id, reply_to))
+        return self.message(
+            self.one(sql, chat.id, chat.user_id, now(), task_id, reply_to)
+        )
 
     def append_pieces(self, news: list[News]) -> None:
         """Checkpoint running replies: only what is new of their text is written."""
@@ -2102,22 +2293,39 @@ class Database:
         self.connection.executemany(sql, [piece._asdict() for piece in news])
 
     def settle(
-        self, message_id: int, text: str, reasoning: str | None, status: Status, report: Report
+        self,
+        message_id: int,
+        text: str,
+        reasoning: str | None,
+        status: Status,
+        report: Report,
     ) -> Message:
         """Store a reply's ending, once, and return the row."""
         sql = """UPDATE messages SET content = ?, reasoning = ?, status = ?, finish_reason = ?,
                  model = ?, prompt_tokens = ?, completion_tokens = ?
                  WHERE id = ? AND status = 'streaming'"""
         counts = (report.prompt_tokens, report.completion_tokens)
-        values = (text, reasoning, status, report.finish_reason, report.model, *counts, message_id)
+        values = (
+            text,
+            reasoning,
+            status,
+            report.finish_reason,
+            report.model,
+            *counts,
+            message_id,
+        )
         if self.connection.execute(sql, values).rowcount:
             self.one("DELETE FROM pieces WHERE message_id = ?", message_id)
-            row = self.one(f"SELECT {self.MESSAGE}, user_id FROM messages WHERE id = ?", message_id)
+            row = self.one(
+                f"SELECT {self.MESSAGE}, user_id FROM messages WHERE id = ?", message_id
+            )
             self.index(message_id, row["user_id"], text)
             return self.message(row)
         return self.stored(message_id)
 
-    def find_task(self, asker: Asker, task_id: str, chat_id: int | None = None) -> Message:
+    def find_task(
+        self, asker: Asker, task_id: str, chat_id: int | None = None
+    ) -> Message:
         """Return the reply that a task wrote; ChatError `task_not_found`, also for another's."""
         sql = f"""SELECT {self.MESSAGE}, messages.user_id AS owner
                   FROM messages JOIN chats ON chats.id = chat_id
@@ -2201,7 +2409,8 @@ class Database:
         sqlite3.OperationalError "interrupted" if that isn't done by `deadline` (monotonic).
         """
         rows = [search_words(user_id, word) for word in words]
-        phrases = [f'"{" ".join(row)}" *' for row in rows if row]  # the last one may go on
+        # The last one may go on
+        phrases = [f'"{" ".join(row)}" *' for row in rows if row]
         if not phrases:
             return []
         sql = f"""SELECT {self.MESSAGE} FROM search JOIN messages ON messages.id = search.rowid
@@ -2214,7 +2423,9 @@ class Database:
         finally:
             self.connection.set_progress_handler(None, 0)
         messages = [self.message(row) for row in found]
-        return [asdict(one) | {"snippet": snippet(one.content, words)} for one in messages]
+        return [
+            asdict(one) | {"snippet": snippet(one.content, words)} for one in messages
+        ]
 
 
 def newest_current(rows: Iterator[Any], most_chars: int) -> list[Turn]:
@@ -2259,18 +2470,27 @@ def alternating(turns: list[Turn]) -> list[Turn]:
 # --- Model: the port's two sides, any OpenAI-compatible server and a demo. Knows no chats. ---
 
 OPENAI_URL = "https://api.openai.com/v1"
-WIRE_ERRORS = (openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError, OSError, zlib.error)
+WIRE_ERRORS = (
+    openai.OpenAIError,
+    httpx2.HTTPError,
+    aiohttp.ClientError,
+    OSError,
+    zlib.error,
+)
 CONNECT_SECONDS = 10.0
 ERROR_SECONDS = 5.0  # for the body of a refusal to arrive
 MAX_ERROR_BYTES = 2**16  # of a refusal's body
 MAX_LINE_BYTES = 2**20  # of a model's stream
 MAX_ANSWER_BYTES = 2**22  # of an answer that is no stream
-INFLATED_BYTES = 2**16  # at once, of a stream that is compressed though nobody asked for it
+# At once, of a stream that is compressed though nobody asked for it
+INFLATED_BYTES = 2**16
 FEW_STREAMS = 16  # up to here tokens are relayed one by one
-STREAM_PAUSE = 0.00035  # seconds between two reads of one stream, for each that there is
+# Seconds between two reads of one stream, for each that there is
+STREAM_PAUSE = 0.00035
 MAX_PAUSE = 0.2
 PAUSE_STEP = 0.005  # pauses end together: one turn of the event loop for many streams
-TOO_LONG = re.compile(  # how servers say that a request is too long for the model's context
+# How servers say that a request is too long for the model's context
+TOO_LONG = re.compile(
     r"context_length_exceeded|context (length|window|size)|maximum context|too many tokens"
     r"|(prompt|input|request) (is |length )?.{0,20}(too long|exceeds)|reduce the length",
     re.IGNORECASE,
@@ -2282,7 +2502,9 @@ def check_proxy(url: str) -> None:
     target = urlsplit(url)
     proxies = urllib.request.getproxies()
     proxy = proxies.get(target.scheme) or proxies.get("all") or ""
-    if proxy.lower().startswith("socks") and not urllib.request.proxy_bypass(target.hostname or ""):
+    if proxy.lower().startswith("socks") and not urllib.request.proxy_bypass(
+        target.hostname or ""
+    ):
         raise StartError(
             "ALL_PROXY, HTTP_PROXY, HTTPS_PROXY: a SOCKS proxy can't be used for the model; name "
             "an HTTP proxy, or the model's host in NO_PROXY"
@@ -2319,11 +2541,14 @@ class OpenAIModel:
         self._key = secret.get_secret_value() if secret else "none"
         self._asks_usage = True
         self._streams = 0
-        self._resting: dict[float, list[asyncio.Transport]] = {}  # by the time of their next read
+        # By the time of their next read
+        self._resting: dict[float, list[asyncio.Transport]] = {}
         # Reading has no limit here: comments would reset it; `Chats` times the pieces. An
         # http_client of one's own comes without the SDK's limits, so they are set.
         timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
-        limits = httpx2.Limits(max_connections=settings.max_running_replies, keepalive_expiry=30.0)
+        limits = httpx2.Limits(
+            max_connections=settings.max_running_replies, keepalive_expiry=30.0
+        )
         http = openai.DefaultAioHttpClient(
             timeout=timeout,
             limits=limits,
@@ -2368,17 +2593,26 @@ class OpenAIModel:
         finally:
             self._streams -= opened
         if report.finish_reason is None:
-            raise ModelError("model_incomplete", "the stream ended without a finish_reason")
+            raise ModelError(
+                "model_incomplete", "the stream ended without a finish_reason"
+            )
 
     async def _open(self, stack: AsyncExitStack, turns: list[Turn], name: str) -> Any:
         """Return the response to a request; without `stream_options` where they are refused."""
         create: Any = self._client.chat.completions.with_streaming_response.create
         # As `messages` each turn would cost the SDK 0.14 ms of checks, on the event loop.
-        request = {"model": name, "messages": [], "extra_body": {"messages": turns}, "stream": True}
+        request = {
+            "model": name,
+            "messages": [],
+            "extra_body": {"messages": turns},
+            "stream": True,
+        }
         if self._asks_usage:
             try:
                 usage = {"include_usage": True}
-                return await stack.enter_async_context(create(**request, stream_options=usage))
+                return await stack.enter_async_context(
+                    create(**request, stream_options=usage)
+                )
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if "stream_options" not in error.response.text:
                     raise
@@ -2395,7 +2629,9 @@ class OpenAIModel:
         if coding != "identity":
             inflated = inflate(response.aiter_raw(), coding)
             return lambda: anext(inflated, b"")
-        http = getattr(getattr(response.stream, "_stream", None), "_aiohttp_response", None)
+        http = getattr(
+            getattr(response.stream, "_stream", None), "_aiohttp_response", None
+        )
         if http is None:
             chunks = response.aiter_raw()
             return lambda: anext(chunks, b"")
@@ -2427,7 +2663,9 @@ class OpenAIModel:
                 transport.resume_reading()
 
 
-async def inflate(parts: AsyncIterator[bytes], coding: str) -> AsyncGenerator[bytes, None]:
+async def inflate(
+    parts: AsyncIterator[bytes], coding: str
+) -> AsyncGenerator[bytes, None]:
     """Yield what is in a compressed stream, a little at a time: a small part may hold a lot."""
     if coding not in {"gzip", "deflate"}:
         raise ModelError("model_error", f"the answer is coded: {coding}")
@@ -2457,7 +2695,9 @@ def model_code(error: Exception, *, opened: bool) -> str:
     if isinstance(error, ModelError):
         return error.code
     if isinstance(error, openai.APIStatusError):
-        if error.status_code in {400, 413, 422} and TOO_LONG.search(error.response.text):
+        if error.status_code in {400, 413, 422} and TOO_LONG.search(
+            error.response.text
+        ):
             return "model_context"
         codes = {401: "model_auth", 403: "model_auth", 429: "model_rate_limited"}
         return codes.get(error.status_code, "model_error")
@@ -2535,7 +2775,8 @@ class ChunkStream:
         self._begun = False
         self._before = b"\n"  # what surrounds the text in this stream's lines
         self._after = b""
-        self._half = {"text": "", "reasoning": ""}  # of a surrogate pair, until its other half
+        # Of a surrogate pair, until its other half
+        self._half = {"text": "", "reasoning": ""}
         self._tag = ThinkTag()
 
     def feed(self, data: bytes, *, last: bool = False) -> Delta:
@@ -2605,7 +2846,11 @@ class ChunkStream:
         raw = chunk.text.encode(errors="replace")
         if raw and self._tag.passed and not reasoning:
             key = self.CONTENT.search(line)
-            if key and line.startswith(raw + b'"', key.end()) and line.count(b'"content"') == 1:
+            if (
+                key
+                and line.startswith(raw + b'"', key.end())
+                and line.count(b'"content"') == 1
+            ):
                 self._before = line[: key.end()]
                 self._after = line[key.end() + len(raw) :]
         return delta._replace(alive=delta.alive or chunk.alive)
@@ -2654,10 +2899,20 @@ def read_chunk(data: bytes, report: Report) -> Chunk:
             report.completion_tokens = whole(usage.get("completion_tokens"))
         choices = chunk.get("choices") or ()
         choice: Any = next((one for one in choices if not one.get("index")), {})
-        report.finish_reason = clean(choice.get("finish_reason")) or report.finish_reason
+        report.finish_reason = (
+            clean(choice.get("finish_reason")) or report.finish_reason
+        )
         return read_choice(choice)
-    except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
-        raise ModelError("model_error", f"not a chat-completion chunk: {error}") from None
+    except (
+        ValueError,
+        AttributeError,
+        TypeError,
+        LookupError,
+        RecursionError,
+    ) as error:
+        raise ModelError(
+            "model_error", f"not a chat-completion chunk: {error}"
+        ) from None
 
 
 def read_choice(choice: dict[str, Any]) -> Chunk:
@@ -2667,7 +2922,11 @@ def read_choice(choice: dict[str, Any]) -> Chunk:
     text = flat(content, thinking=False)
     text = text or flat(delta.get("refusal")) or flat(choice.get("text"))
     reasoning = flat(content, thinking=True) if isinstance(content, list) else ""
-    reasoning = reasoning or flat(delta.get("reasoning_content")) or flat(delta.get("reasoning"))
+    reasoning = (
+        reasoning
+        or flat(delta.get("reasoning_content"))
+        or flat(delta.get("reasoning"))
+    )
     at_work = any(value for name, value in delta.items() if name != "role")
     return Chunk(text, reasoning, bool(text or reasoning or at_work))
 
@@ -2688,7 +2947,9 @@ def flat(value: Any, thinking: bool | None = None) -> str:
         if thinking is None or thinking == is_thinking:
             inner = part
             if isinstance(part, dict):
-                inner = part.get("text") or part.get("thinking") or part.get("reasoning")
+                inner = (
+                    part.get("text") or part.get("thinking") or part.get("reasoning")
+                )
                 inner = inner or part.get("content") or part.get("summary")
             texts.append(flat(inner))
     return "".join(texts)
@@ -2706,7 +2967,9 @@ def whole(number: Any) -> int | None:
     return number if type(number) is int and 0 <= number <= MAX_ID else None
 
 
-async def demo_model(turns: list[Turn], _name: str, report: Report) -> AsyncGenerator[Delta, None]:
+async def demo_model(
+    turns: list[Turn], _name: str, report: Report
+) -> AsyncGenerator[Delta, None]:
     """Answer word by word without any model or network, and say so."""
     report.model = "demo"
     text = f"""This is the demo model: no language model is connected, so nobody has understood \
@@ -2784,7 +3047,9 @@ class Access:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._secret = settings.jwt_secret.get_secret_value() if settings.jwt_secret else None
+        self._secret = (
+            settings.jwt_secret.get_secret_value() if settings.jwt_secret else None
+        )
         self._keys = KeySet(settings.jwt_jwks_url) if settings.jwt_jwks_url else None
 
     async def identify(self, connection: HTTPConnection) -> Asker:
@@ -2838,7 +3103,12 @@ class Access:
         host = headers.get("host", "localhost").lower()
         name = re.sub(r":\d*$", "", host).strip("[]").rstrip(".")
         allowed = self._settings.hosts
-        if self._settings.asks_for_tokens or "." not in name or "*" in allowed or name in allowed:
+        if (
+            self._settings.asks_for_tokens
+            or "." not in name
+            or "*" in allowed
+            or name in allowed
+        ):
             return
         try:
             ipaddress.ip_address(name)
@@ -2848,7 +3118,9 @@ class Access:
     def check_origin(self, headers: Headers) -> None:
         """ChatError `forbidden` if a page of a site asks that is neither ours nor listed."""
         origin = headers.get("origin")
-        if origin is None or not {"*", plain_origin(origin)}.isdisjoint(self._settings.origins):
+        if origin is None or not {"*", plain_origin(origin)}.isdisjoint(
+            self._settings.origins
+        ):
             return
         ports = r":(80|443)$"
         host = re.sub(ports, "", headers.get("host", "").lower())
@@ -2893,7 +3165,9 @@ class Socket:
         except ChatError as error:
             await websocket.close(FAULTS[error.code].close, error.message)
 
-    async def _talk(self, websocket: WebSocket, connection: Connection, asker: Asker) -> None:
+    async def _talk(
+        self, websocket: WebSocket, connection: Connection, asker: Asker
+    ) -> None:
         """Listen and send at once, until the client leaves or the token expires."""
         with closing_at_expiry(connection, asker):
             sender = asyncio.create_task(self._deliver(websocket, connection))
@@ -2914,7 +3188,9 @@ class Socket:
             await websocket.close(*connection.closing or ())
         connection.close(1006, "gone")  # so that nobody waits for its reading
 
-    async def _listen(self, websocket: WebSocket, connection: Connection, asker: Asker) -> None:
+    async def _listen(
+        self, websocket: WebSocket, connection: Connection, asker: Asker
+    ) -> None:
         """Do what the client asks, one frame after the other. Never waits for a reply."""
         while (received := await websocket.receive())["type"] != "websocket.disconnect":
             await connection.readable()
@@ -2923,7 +3199,9 @@ class Socket:
                 continue  # nothing is done any more; the close is on its way
             await self._take(received.get("text"), connection, asker)
 
-    async def _take(self, text: str | None, connection: Connection, asker: Asker) -> None:
+    async def _take(
+        self, text: str | None, connection: Connection, asker: Asker
+    ) -> None:
         """Do what one frame asks for, or refuse it."""
         data: dict[str, Any] = {}
         try:
@@ -2955,8 +3233,11 @@ def closing_at_expiry(connection: Connection, asker: Asker) -> Iterator[None]:
     if asker.expires == float("inf"):
         yield
         return
-    seconds = min(max(0.0, asker.expires - time.time()), 10.0**8)  # the clock of the event loop
-    expiry = asyncio.get_running_loop().call_later(seconds, connection.close, 4401, "expired")
+    # The clock of the event loop
+    seconds = min(max(0.0, asker.expires - time.time()), 10.0**8)
+    expiry = asyncio.get_running_loop().call_later(
+        seconds, connection.close, 4401, "expired"
+    )
     try:
         yield
     finally:
@@ -2981,11 +3262,14 @@ def internal_fault(error: Exception, **about: Any) -> ChatError:
 
 BODY_SECONDS = 20.0  # for a request's body to arrive
 HEALTH_SECONDS = 2.0  # for the database to answer
-PING_SECONDS = 15.0  # of silence in an event stream, before a comment keeps proxies from closing it
-NEVER_RETRY = "retry: 2147483647\n\n"  # or clients would send a POST again when its stream ends
+# Of silence in an event stream, before a comment keeps proxies from closing it
+PING_SECONDS = 15.0
+# Or clients would send a POST again when its stream ends
+NEVER_RETRY = "retry: 2147483647\n\n"
 CURSOR = r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z)_([1-9]\d{0,18})"
 NO_STORE = {"Cache-Control": "no-store"}  # it is somebody's conversation
-EVENT_HEADERS = {**NO_STORE, "X-Accel-Buffering": "no"}  # nginx's word for: pass it on at once
+# nginx's word for: pass it on at once
+EVENT_HEADERS = {**NO_STORE, "X-Accel-Buffering": "no"}
 Handler = Callable[[Request, Asker], Awaitable[Response]]
 
 
@@ -3035,7 +3319,9 @@ def query_number(request: Request, name: str, default: int, most: int) -> int:
     """Return a query parameter from 1 to `most`; ChatError `invalid_frame` that names it."""
     text = request.query_params.get(name, str(default))
     if not re.fullmatch("[0-9]{1,19}", text) or not 1 <= int(text) <= most:
-        raise ChatError("invalid_frame", f"{name}: must be a whole number from 1 to {most}")
+        raise ChatError(
+            "invalid_frame", f"{name}: must be a whole number from 1 to {most}"
+        )
     return int(text)
 
 
@@ -3061,8 +3347,11 @@ class Endpoints:
                 asker = await self._access.identify(request)
             try:
                 return await handlers[method](request, asker)
-            except asyncio.CancelledError:  # the service ends, and this has taken too long
-                raise ChatError("overloaded", "The service stops.", retry_after=1) from None
+            except asyncio.CancelledError:
+                # The service ends, and this has taken too long
+                raise ChatError(
+                    "overloaded", "The service stops.", retry_after=1
+                ) from None
 
         return Route(path, endpoint, methods=list(handlers))
 
@@ -3080,7 +3369,9 @@ class Endpoints:
                     body += chunk
                     self._check_size(len(body))
         except TimeoutError:
-            raise ChatError("invalid_json", "The body did not arrive in time.") from None
+            raise ChatError(
+                "invalid_json", "The body did not arrive in time."
+            ) from None
         return bytes(body)
 
     async def _parse_body(
@@ -3091,7 +3382,9 @@ class Endpoints:
         ChatError `too_large`, `invalid_json`, `unsupported_media_type` or `invalid_frame`.
         """
         body = await self._read_body(request)
-        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        media = (
+            request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        )
         if body and not re.fullmatch(r"(application/([\w.+-]+\+)?json)?", media):
             hint = "The body must be JSON and say so: add -H 'Content-Type: application/json'."
             raise ChatError("unsupported_media_type", hint)
@@ -3115,7 +3408,9 @@ class Endpoints:
         if asked is not None:
             require_user(asker, asked)
         if self._settings.shard is not None:
-            return RedirectResponse(f"/api/users/{quote(user_id, safe='')}/chats", 307, NO_STORE)
+            return RedirectResponse(
+                f"/api/users/{quote(user_id, safe='')}/chats", 307, NO_STORE
+            )
         return await self._create(user_id, body)
 
     async def post_user_chat(self, request: Request, asker: Asker) -> Response:
@@ -3130,7 +3425,9 @@ class Endpoints:
     async def get_chat(self, request: Request, asker: Asker) -> Response:
         limit = query_number(request, "limit", 100, 1000)
         before = query_number(request, "before", MAX_ID, MAX_ID)
-        return json_response(await self._chats.history(asker, path_id(request), limit, before))
+        return json_response(
+            await self._chats.history(asker, path_id(request), limit, before)
+        )
 
     async def patch_chat(self, request: Request, asker: Asker) -> Response:
         chat_id = path_id(request)
@@ -3146,10 +3443,14 @@ class Endpoints:
     async def get_chats(self, request: Request, asker: Asker) -> Response:
         user_id = self._user_of(request, asker)
         limit = query_number(request, "limit", 50, 200)
-        cursor = request.query_params.get("cursor", f"9999-12-31T23:59:59.999Z_{MAX_ID}")
+        cursor = request.query_params.get(
+            "cursor", f"9999-12-31T23:59:59.999Z_{MAX_ID}"
+        )
         found = re.fullmatch(CURSOR, cursor, re.ASCII)
         if not found:
-            raise ChatError("invalid_frame", "cursor: is none that this service gave out")
+            raise ChatError(
+                "invalid_frame", "cursor: is none that this service gave out"
+            )
         at = found[1]
         last = min(int(found[2]), MAX_ID)
         store = self._chats.store
@@ -3158,13 +3459,16 @@ class Endpoints:
             return json_response(page)
         end = page[limit - 1]
         following = quote(f"{end.updated_at}_{end.id}")
-        link = f'<chats?limit={limit}&cursor={following}>; rel="next"'  # relative: any prefix
+        # relative: any prefix
+        link = f'<chats?limit={limit}&cursor={following}>; rel="next"'
         return json_response(page[:limit], Link=link)
 
     async def get_search(self, request: Request, asker: Asker) -> Response:
         user_id = self._user_of(request, asker)
         limit = query_number(request, "limit", 20, 100)
-        words = list(dict.fromkeys(request.query_params.get("q", "").casefold().split()))
+        words = list(
+            dict.fromkeys(request.query_params.get("q", "").casefold().split())
+        )
         if not 1 <= len(words) <= SEARCH_WORDS or sum(map(len, words)) > SEARCH_CHARS:
             rule = f"1 to {SEARCH_WORDS} different words, of {SEARCH_CHARS} characters at most"
             raise ChatError("invalid_frame", f"q: must have {rule}")
@@ -3222,9 +3526,16 @@ class Endpoints:
         rows = await self._chats.ended(await self._chats.abort(asker, chat_id, task_id))
         task_ids = [row.task_id for row in rows if row.status is Status.ABORTED]
         if not task_ids:
-            raise ChatError("not_running", "The reply ended before it could be stopped.")
+            raise ChatError(
+                "not_running", "The reply ended before it could be stopped."
+            )
         first = task_ids[0]
-        result = {"status": "aborted", "chat_id": chat_id, "task_id": first, "task_ids": task_ids}
+        result = {
+            "status": "aborted",
+            "chat_id": chat_id,
+            "task_id": first,
+            "task_ids": task_ids,
+        }
         return json_response(result)
 
     async def post_message(self, request: Request, asker: Asker) -> Response:
@@ -3234,10 +3545,14 @@ class Endpoints:
 
     async def post_regenerate(self, request: Request, asker: Asker) -> Response:
         chat_id = path_id(request)
-        action = await self._parse_body(request, Regenerate, optional=True, chat_id=chat_id)
+        action = await self._parse_body(
+            request, Regenerate, optional=True, chat_id=chat_id
+        )
         return await self._ask(request, asker, chat_id, action)
 
-    async def _ask(self, request: Request, asker: Asker, chat_id: int, action: Ask) -> Response:
+    async def _ask(
+        self, request: Request, asker: Asker, chat_id: int, action: Ask
+    ) -> Response:
         """Answer with the ended reply or, where events are accepted, with its frames."""
         user_id = asker.user_id
         if user_id is None:
@@ -3248,7 +3563,9 @@ class Endpoints:
             reply = await self._chats.reply_to(message)
             return json_response({"message": message, "reply": reply}, 201)
         stack = AsyncExitStack()
-        connection = await stack.enter_async_context(self._chats.follow(user_id, message))
+        connection = await stack.enter_async_context(
+            self._chats.follow(user_id, message)
+        )
         events = self._events(connection, stack, NEVER_RETRY)
         return StreamingResponse(events, 200, EVENT_HEADERS, "text/event-stream")
 
@@ -3261,7 +3578,9 @@ class Endpoints:
     async def get_health(self, _request: Request, _asker: Asker) -> Response:
         chats = self._chats
         if chats.draining:
-            raise ChatError("overloaded", "The service is shutting down.", retry_after=5)
+            raise ChatError(
+                "overloaded", "The service is shutting down.", retry_after=5
+            )
         async with asyncio.timeout(HEALTH_SECONDS):
             await chats.store.check()
         health = {
@@ -3331,7 +3650,8 @@ class LastConvertor(AnyConvertor):
 FEED_BYTES = 4096  # of one socket, parsed in one turn of the event loop
 MAX_FRAGMENTS = 1000  # of one message
 MESSAGES_A_TURN = 8  # of one socket, before others get their turn
-HEAD_SECONDS = 20.0  # for the head of a request, once a connection or a part of it is there
+# For the head of a request, once a connection or a part of it is there
+HEAD_SECONDS = 20.0
 LINGER_SECONDS = 1.0  # for the other side to take our last words and close
 BAD_REQUEST = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\n"
@@ -3349,7 +3669,8 @@ class FairlyParsed(asyncio.Protocol):
     transport: asyncio.Transport
     loop: asyncio.AbstractEventLoop
     _unparsed = b""
-    _scheduled = False  # once at most: each turn that is scheduled would schedule the next
+    # Once at most: each turn that is scheduled would schedule the next
+    _scheduled = False
     _ending = False
 
     def data_received(self, data: bytes) -> None:
@@ -3413,10 +3734,12 @@ class FairWebSocket(FairlyParsed, WebSocketsSansIOProtocol):
     def _parse(self, data: bytes) -> None:
         try:
             super()._parse(data)
-        except InvalidState:  # not UTF-8, and closed right behind it: uvicorn closes it again
+        except InvalidState:
+            # Not UTF-8, and closed right behind it: uvicorn closes it again
             self._end_with(b"".join(self.conn.data_to_send()))
         if self.conn.handshake_exc is not None and not self.handshake_complete:
-            self.handshake_complete = True  # uvicorn would leave the connection open for ever
+            # Uvicorn would leave the connection open for ever
+            self.handshake_complete = True
             self._end_with(BAD_REQUEST + b"Bad handshake.")
 
     def handle_parser_exception(self) -> None:
@@ -3523,7 +3846,8 @@ class PatientHTTP(FairlyParsed, H11Protocol):
 
     def shutdown(self) -> None:
         if self._ending:
-            self.transport.close()  # h11 would raise, and stop uvicorn's loop over the others
+            # h11 would raise, and stop uvicorn's loop over the others
+            self.transport.close()
         else:
             super().shutdown()
 
@@ -3532,7 +3856,9 @@ class PatientHTTP(FairlyParsed, H11Protocol):
         unfinished = self.conn.their_state is h11.SEND_BODY
         super().on_response_complete()
         if unfinished and self._deadline is None:
-            self._deadline = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+            self._deadline = self.loop.call_later(
+                self.timeout_keep_alive, self.transport.close
+            )
 
     def _watch(self) -> None:
         """Begin to wait for a request's head, or stop to, when it has come."""
@@ -3551,10 +3877,12 @@ class PatientHTTP(FairlyParsed, H11Protocol):
 
 # --- Composition: the parts put together in order, and the process around them. ---
 
-EXIT_SECONDS = 14.5  # from a signal to the end of the process: the drain's phases, and some air
+# From a signal to the end of the process: the drain's phases, and some air
+EXIT_SECONDS = 14.5
 CLOSE_SECONDS = 1  # for uvicorn to close its connections after the drain
 OWN = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-CDN = "https://cdn.jsdelivr.net/npm/"  # the API pages' scripts: npm packages, held by their hashes
+# The API pages' scripts: npm packages, held by their hashes
+CDN = "https://cdn.jsdelivr.net/npm/"
 PAGE_POLICY = f"{OWN}; img-src 'self' data:"
 API_PAGE_POLICY = (
     f"{OWN}; script-src 'self' {CDN}; style-src 'self' 'unsafe-inline' {CDN}; worker-src blob:; "
@@ -3592,7 +3920,9 @@ def document(name: str) -> Handler:
     text = text.replace("openapi.yaml#", "openapi.json#")
 
     async def handler(_request: Request, _asker: Asker) -> Response:
-        return Response(text, headers={"Cache-Control": "no-cache"}, media_type="application/json")
+        return Response(
+            text, headers={"Cache-Control": "no-cache"}, media_type="application/json"
+        )
 
     return handler
 
@@ -3637,7 +3967,14 @@ def create_app(chats: Chats, access: Access) -> Starlette:
         allow_headers=["Authorization", "Content-Type"],
         expose_headers=["Link", "Location", "Retry-After"],
     )
-    known = (ChatError, HTTPException, sqlite3.Error, ClientDisconnect, TimeoutError, Exception)
+    known = (
+        ChatError,
+        HTTPException,
+        sqlite3.Error,
+        ClientDisconnect,
+        TimeoutError,
+        Exception,
+    )
     handlers: Any = dict.fromkeys(known, answer_error)
     app = Starlette(
         routes=make_routes(chats, access),
@@ -3652,7 +3989,9 @@ def listen(settings: Settings) -> socket.socket:
     """Return the socket that the service hears; StartError if it can't be had."""
     address = (settings.host, settings.port)
     try:
-        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(
+            *address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         family = found[0][0]
         both = settings.host == "::" and socket.has_dualstack_ipv6()  # IPv4 as well
         listener = socket.create_server(
@@ -3660,7 +3999,9 @@ def listen(settings: Settings) -> socket.socket:
         )
     except (OSError, UnicodeError) as error:
         place = f"HOST, PORT: cannot listen on {settings.host}:{settings.port}"
-        raise StartError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
+        raise StartError(
+            f"{place}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         # The kernel drops a reader that takes nothing (accepted sockets inherit this): neither
         # pings nor `transport.close()` get past its full buffer.
@@ -3715,7 +4056,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         """End gently at the first signal, at once at the second Ctrl-C."""
         if self.should_exit and sig == signal.SIGINT:
-            os._exit(130)  # what is committed is safe, the rest is recovered at the next start
+            # What is committed is safe, the rest is recovered at the next start
+            os._exit(130)
         # Promise 10, also where the disk does not answer.
         asyncio.get_running_loop().call_later(EXIT_SECONDS, os._exit, 0)
         super().handle_exit(sig, frame)
@@ -3743,7 +4085,10 @@ async def serve(
     `ready` is called once requests are answered. StartError if something can't be had.
     """
     metrics = Metrics()
-    async with Store.open(settings, metrics) as store, open_model(settings) as (model, names):
+    async with (
+        Store.open(settings, metrics) as store,
+        open_model(settings) as (model, names),
+    ):
         chats = Chats(settings, store, model, names, metrics)
         app = create_app(chats, Access(settings))
         server = Server(chats, app, lambda: ready(server))
@@ -3795,13 +4140,21 @@ def run_service(settings: Settings) -> None:
         listener = listen(settings)
         for name in unknown_settings():
             log_event("an unknown setting in .env", logging.WARNING, setting=name)
-        if settings.host not in {"127.0.0.1", "localhost", "::1"} and not settings.asks_for_tokens:
+        if (
+            settings.host not in {"127.0.0.1", "localhost", "::1"}
+            and not settings.asks_for_tokens
+        ):
             hint = "set JWT_SECRET: without it everybody is believed to be who they say"
-            log_event("open to the network", logging.WARNING, host=settings.host, hint=hint)
-        gc.freeze()  # a full collection would stop all for 0.03 s to look at what was imported
+            log_event(
+                "open to the network", logging.WARNING, host=settings.host, hint=hint
+            )
+        # A full collection would stop all for 0.03 s to look at what was imported
+        gc.freeze()
         loop_factory = uvicorn.Config("", log_config=None).get_loop_factory()
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            runner.run(serve(settings, listener, lambda _: print_banner(settings, listener)))
+            runner.run(
+                serve(settings, listener, lambda _: print_banner(settings, listener))
+            )
 
 
 def print_banner(settings: Settings, listener: socket.socket) -> None:
@@ -3820,7 +4173,8 @@ def allow_many_files() -> None:
     """Raise the limit on open files, so on connections, as far as the system allows."""
     if sys.platform != "win32":
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with suppress(ValueError, OSError):  # macOS says "no limit" and takes no such value
+        with suppress(ValueError, OSError):
+            # macOS says "no limit" and takes no such value
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -3857,7 +4211,9 @@ class Arguments(argparse.ArgumentParser):
     """argparse, but a wrong command line is one sentence, as any other fault of a start."""
 
     def error(self, message: str) -> NoReturn:
-        raise StartError(f"{message}; usage: chat_app.py [--help | token USER | backup FILE]")
+        raise StartError(
+            f"{message}; usage: chat_app.py [--help | token USER | backup FILE]"
+        )
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -3865,9 +4221,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = Arguments("chat_app.py", description=about)
     parser.add_argument("--version", action="version", version=f"chat_app {VERSION}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    token = commands.add_parser("token", help="print a token for USER (needs JWT_SECRET)")
+    token = commands.add_parser(
+        "token", help="print a token for USER (needs JWT_SECRET)"
+    )
     token.add_argument("user", metavar="USER")
-    copy = commands.add_parser("backup", help="copy the database to FILE, also while it is used")
+    copy = commands.add_parser(
+        "backup", help="copy the database to FILE, also while it is used"
+    )
     copy.add_argument("file", metavar="FILE")
     return parser.parse_args(arguments)
 

