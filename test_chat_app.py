@@ -7,6 +7,7 @@ it is killed or reads its environment.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import atexit
 import base64
@@ -17,6 +18,7 @@ import gc
 import gzip
 import importlib
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -36,6 +38,7 @@ import sys
 import tarfile
 import threading
 import time
+import tokenize
 import urllib.request
 import uuid
 from collections import Counter
@@ -2234,6 +2237,33 @@ def test_protocol_md_names_every_frame_path_and_code() -> None:
     named += [field.name for field in dataclasses.fields(chat_app.Message)]
     named += [field.name for field in dataclasses.fields(chat_app.Chat)]
     assert [name for name in named if name not in text] == []
+
+
+def test_chat_app_py_stays_easy_to_read() -> None:
+    """At most 8.5 tokens a line of code, 40 lines a function, 100 columns a line."""
+    text = (HERE / "chat_app.py").read_text("utf-8")
+    tree = ast.parse(text)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    prose: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            prose.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 40, node.name
+    layout = {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+    }
+    tokens = Counter(
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.string and token.type not in layout and token.start[0] not in prose
+    )
+    assert tokens.total() / len(tokens) <= 8.5
+    assert max(map(len, text.splitlines())) <= 100
 
 
 async def test_a_chat_is_made_and_found(shared: Service) -> None:
