@@ -212,6 +212,10 @@ class Settings(BaseSettings):
         return self.jwt_secret is not None or self.jwt_jwks_url is not None
 
     @property
+    def is_demo(self) -> bool:
+        return self.openai_api_key is None and self.openai_base_url is None
+
+    @property
     def origins(self) -> list[str]:
         return [plain_origin(origin) for origin in split_list(self.allowed_origins)]
 
@@ -728,13 +732,6 @@ class Ping(Wire):
     id: ShortText | None = None
 
 
-class NewChat(Wire):
-    user_id: UserId | None = None
-    title: Title | None = None
-    model: str | None = None
-    instructions: Instructions | None = None
-
-
 class ChatChange(Wire):
     """What of a chat is set anew: the fields that were sent.
 
@@ -744,6 +741,10 @@ class ChatChange(Wire):
     title: Title | None = None
     model: str | None = None
     instructions: Instructions | None = None
+
+
+class NewChat(ChatChange):
+    user_id: UserId | None = None
 
 
 Ask = SendMessage | Regenerate  # for a reply
@@ -3220,7 +3221,7 @@ class Socket:
                 connection.push(make_frame("pong", id=ping_id))
             case Abort(chat_id=chat_id, task_id=task_id):
                 await self._chats.abort(asker, chat_id, task_id)
-            case _:
+            case SendMessage() | Regenerate():
                 assert asker.user_id is not None
                 accepted = await self._chats.send(asker.user_id, action)
                 if accepted.reply is None:  # sent before: echoed to whoever asks alone
@@ -4066,7 +4067,7 @@ class Server(uvicorn.Server):
 @asynccontextmanager
 async def open_model(settings: Settings) -> AsyncIterator[tuple[Model, list[str]]]:
     """Yield the configured model, or the demo, and the names that may be asked for."""
-    if settings.openai_api_key is None and settings.openai_base_url is None:
+    if settings.is_demo:
         yield demo_model, ["demo"]
         return
     model = OpenAIModel(settings)
@@ -4159,9 +4160,8 @@ def run_service(settings: Settings) -> None:
 
 def print_banner(settings: Settings, listener: socket.socket) -> None:
     """Say where the service is and which model answers."""
-    is_demo = settings.openai_api_key is None and settings.openai_base_url is None
     name = "demo (it understands nothing: set OPENAI_API_KEY for a model)"
-    if not is_demo:
+    if not settings.is_demo:
         name = settings.model_name
     address = address_of(listener)
     log_event("started", address=address, version=VERSION)
