@@ -6003,15 +6003,6 @@ async def test_pictures_for_the_readme(
                 assert picture.stat().st_size < 150_000
 
 
-if __name__ == "__main__":  # python test_chat_app.py crash --rounds 200
-    assert sys.argv[1:3] == ["crash", "--rounds"], (
-        "usage: test_chat_app.py crash --rounds N"
-    )
-    os.environ["CRASH_ROUNDS"] = sys.argv[3]
-    options = ["-q", "-s", "--timeout=0", "-k", "test_rounds_of_kill_9_under_load"]
-    os.execv(sys.executable, [sys.executable, "-m", "pytest", __file__, *options])
-
-
 # --- Reasoning ---
 
 
@@ -10019,3 +10010,19 @@ async def test_a_body_that_trickles_in_behind_its_answer_is_closed_soon(
         with contextlib.suppress(ConnectionError):
             await reader.read()
         trickling.cancel()
+
+
+if __name__ == "__main__":  # python test_chat_app.py crash --rounds 200
+    assert sys.argv[1:3] == ["crash", "--rounds"], (
+        "usage: test_chat_app.py crash --rounds N"
+    )
+    os.environ["CRASH_ROUNDS"] = sys.argv[3]
+    options = [
+        "-q",
+        "-s",
+        "-n0",
+        "--timeout=0",
+        "-k",
+        "test_rounds_of_kill_9_under_load",
+    ]
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", __file__, *options])
