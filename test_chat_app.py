@@ -4273,9 +4273,11 @@ def audit(database: Path, senders: list[Sender], killed: float) -> Counter[str]:
         )
         names = {name: (number, task_id) for number, name, task_id in rows}
         rows = db.execute(
-            "SELECT task_id, status, content, id, reply_to FROM messages WHERE is_ai"
+            """SELECT task_id, status, content || coalesce((SELECT group_concat(text, '')
+               FROM (SELECT text FROM pieces WHERE message_id = messages.id ORDER BY position)), '')
+               FROM messages WHERE is_ai"""
         )
-        replies = {task_id: (status, text) for task_id, status, text, *_ in rows}
+        replies = {task_id: (status, text) for task_id, status, text in rows}
         (sent, asked) = db.execute(
             "SELECT count(*), count(reply_to) FROM messages"
         ).fetchone()
