@@ -8874,6 +8874,31 @@ async def test_a_sign_in_lasts_and_can_be_handed_over(
 RIDDLE = "A bat and a ball cost €1.10; the bat costs a euro more than the ball. What is the ball?"
 
 
+async def test_what_is_read_from_the_right_is_drawn_so(
+    service: Service, upstream: Upstream, tab: Tab
+) -> None:
+    """Tables, thoughts and titles begin where their own language does; code stays as it is."""
+    thinks_aloud = Thinking(
+        "חושב", text=("| שם | ערך |\n|-|-|\n| א | ב |\n\n```\nx\n```",)
+    )
+    upstream.scripts = [thinks_aloud]
+    async with tab(service, "/?user=alice") as page:
+        await ask(page, "מה זה מטמון? (cache)")
+        thinks_aloud.go.set()
+        await shows(page, re.compile("שם"), "complete")
+        await reply(page).locator(".thinking summary").click()
+        names, values = await reply(page).locator("th").all()
+        name_box, value_box = await names.bounding_box(), await values.bounding_box()
+        assert name_box and value_box and name_box["x"] > value_box["x"]
+        await expect(names).to_have_css("text-align", "start")
+        await expect(reply(page).locator(".thinking div")).to_have_css(
+            "border-right-width", "3px"
+        )
+        await expect(reply(page).locator(".code .row")).to_have_css("direction", "ltr")
+        for title in ("#title", "#chats a > span:first-child"):
+            await expect(page.locator(title)).to_have_css("unicode-bidi", "plaintext")
+
+
 @pytest.mark.skipif(
     "SCREENSHOTS" not in os.environ, reason="SCREENSHOTS names no folder"
 )
