@@ -8889,7 +8889,9 @@ async def test_what_is_read_from_the_right_is_drawn_so(
         await reply(page).locator(".thinking summary").click()
         names, values = await reply(page).locator("th").all()
         name_box, value_box = await names.bounding_box(), await values.bounding_box()
-        assert name_box and value_box and name_box["x"] > value_box["x"]
+        assert name_box
+        assert value_box
+        assert name_box["x"] > value_box["x"]
         await expect(names).to_have_css("text-align", "start")
         await expect(reply(page).locator(".thinking div")).to_have_css(
             "border-right-width", "3px"
