@@ -3087,7 +3087,7 @@ class Access:
             algorithms = [header["alg"]]
         if key is None:
             raise jwt.InvalidTokenError("no key for it")
-        return jwt.decode(
+        claims: dict[str, Any] = jwt.decode(
             token,
             key,
             algorithms=algorithms,
@@ -3095,6 +3095,9 @@ class Access:
             leeway=CLOCK_SKEW_SECONDS,
             options={"require": ["exp", "sub"], "verify_sub": False},
         )
+        if self._settings.jwt_audience is None and "aud" in claims:
+            raise jwt.InvalidAudienceError("it is for somebody, even if for nobody")
+        return claims
 
     def check_host(self, headers: Headers) -> None:
         """ChatError `forbidden` for a host name that somebody else's DNS could point here.

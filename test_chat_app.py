@@ -7093,6 +7093,8 @@ async def test_a_provider_that_hangs_holds_up_nobody_else(
     [
         (None, {"aud": "chat"}, 401),
         (None, {"aud": ["chat"]}, 401),
+        (None, {"aud": []}, 401),
+        (None, {"aud": ""}, 401),
         ("chat", {"aud": "chat"}, 200),
         ("chat", {"aud": ["other", "chat"]}, 200),
         ("chat", {"aud": "other"}, 401),
