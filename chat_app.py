@@ -2172,9 +2172,15 @@ class Database:
         return True
 
     def forget_sends(self, user_id: str) -> bool:
-        """Forget some of the user's client_msg_ids; False if there are none."""
+        """Forget some client_msg_ids of messages whose chat is deleted; False if there are none.
+
+        Not the others: a message may have been sent since the user's chats were.
+        """
         sql = """DELETE FROM sends WHERE user_id = ? AND client_msg_id IN
-                 (SELECT client_msg_id FROM sends WHERE user_id = ? LIMIT ?)"""
+                 (SELECT sends.client_msg_id FROM sends
+                  LEFT JOIN messages ON messages.id = message_id
+                  LEFT JOIN chats ON chats.id = chat_id
+                  WHERE sends.user_id = ? AND coalesce(deleted, 1) LIMIT ?)"""
         return self.connection.execute(sql, (user_id, user_id, SLICE_ROWS)).rowcount > 0
 
     # Messages

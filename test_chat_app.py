@@ -6924,6 +6924,29 @@ async def test_a_user_can_be_erased(service: Service, upstream: Upstream) -> Non
     assert (await service.http("DELETE", "/api/users/nobody")).status == 204
 
 
+def test_erasure_forgets_no_message_that_stays(tmp_path: Path) -> None:
+    """A message that is sent while its user is erased, into a chat that is new, is never stored
+    twice (promise 9)."""
+    with contextlib.closing(
+        sqlite3.connect(tmp_path / "chat.db", isolation_level=None)
+    ) as file:
+        file.row_factory = sqlite3.Row
+        database = chat_app.Database(file)
+        database.prepare(None)
+        for name in ("before", "meanwhile"):
+            action = chat_app.SendMessage(content="Hi", client_msg_id=name)
+            reply = database.accept("ann", action, str(uuid.uuid4())).reply
+            assert reply is not None
+            report = chat_app.Report("stop")
+            database.settle(reply.id, "Hello", None, chat_app.Status.COMPLETE, report)
+            if name == "before":
+                database.hide_chat(chat_app.ANYONE, reply.chat_id)
+        while database.forget_sends("ann"):
+            pass
+        assert database.sent("ann", "before") is None
+        assert database.sent("ann", "meanwhile") is not None
+
+
 async def test_only_oneself_can_be_exported_or_erased(settings: Make) -> None:
     """Another user's path is 403; without a token it is 401."""
     async with Service(settings(jwt_secret=SECRET)) as service:
